@@ -1,0 +1,40 @@
+"""Argument types and groups that commands share. Values are checked by the engine, once."""
+
+import argparse
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m", "--model", metavar="MODEL.onnx", help="the artifact to run (default: the bundled 64x64 model)"
+    )
+
+
+def add_schedule(parser: argparse.ArgumentParser) -> None:
+    """Where the edit starts and how it steps back. Defaults are the artifact's own."""
+    parser.add_argument(
+        "--t0", type=float, help="start time in (0, 1]: 0.3 faithful … 0.6 realistic (default: the model's, else 0.5)"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the model's, else 50)")
+    parser.add_argument(
+        "--sampler",
+        metavar="S",
+        help="em, ancestral, ddim, dpmpp-2m-sde or er-sde (default: the model's, else ancestral)",
+    )
+    parser.add_argument(
+        "--eta", type=float, metavar="E", help="fresh noise of ddim (default 0) and dpmpp-2m-sde (default 1)"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def condition(text: str) -> tuple[str, float]:
+    """NAME=VALUE"""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None

@@ -1,0 +1,209 @@
+"""`sdedit edit`: guides in, pictures out."""
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdedit.cli.arguments import add_json, add_model, add_schedule, condition
+from sdedit.cli.terminal import ProgressBar, say
+from sdedit.errors import BackendUnavailable, OptionError
+
+if TYPE_CHECKING:
+    from sdedit.editor import Editor, EditResult, Progress
+
+HELP = "edit pictures: noise each guide up to t0, denoise it back"
+REPLAYED = (
+    "t0",
+    "steps",
+    "sampler",
+    "eta",
+    "seed",
+    "samples",
+    "repeats",
+    "fit",
+    "backend",
+    "precision",
+    "threads",
+    "set",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "guides", nargs="+", metavar="GUIDE", help="a stroke painting, a photograph with strokes, a collage"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT",
+        help="OUT.png (several results: OUT-000.png …) or OUT.npy (the raw float32 result at model size)",
+    )  # fmt: skip
+    add_model(parser)
+    add_schedule(parser)
+    parser.add_argument("--seed", type=int, help="seed of the first result; result j has seed + j (default 0)")
+    parser.add_argument("-n", "--samples", type=int, metavar="N", help="results per guide (default 1)")
+    parser.add_argument(
+        "--mask",
+        action="append",
+        metavar="M",
+        help="picture of the guide's size: white repaints, black keeps; once for all guides, or once for each",
+    )
+    parser.add_argument(
+        "--repeats", type=int, metavar="K", help="passes, each starting from the last one's result (default 1)"
+    )
+    parser.add_argument(
+        "--fit",
+        metavar="F",
+        help="how a guide of another size enters the model's frame: crop (default), pad, stretch or exact",
+    )
+    parser.add_argument(
+        "--set",
+        type=condition,
+        action="append",
+        metavar="NAME=VALUE",
+        help="a further input of the model, such as class_label=3",
+    )
+    parser.add_argument("--backend", help="auto (default), ort-cpu, ort-cuda or ort-tensorrt")
+    parser.add_argument(
+        "--precision", metavar="P", help="refuse a model of another precision than P (fp32, fp16, bf16, int8)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="T", help="CPU threads of the network (default: every core this process may use)"
+    )
+    parser.add_argument(
+        "--replay",
+        metavar="OUT.png",
+        help="repeat the edit that made OUT.png, with its options, from the same guide and mask",
+    )
+    parser.add_argument("--force", action="store_true", help="replace existing output files")
+    add_json(parser)  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from sdedit import output, record
+    from sdedit.cli.main import print_json
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have a limit of our own, with a clear error
+    target = Path(arguments.output)
+    count = len(arguments.guides) * (arguments.samples or 1)
+    paths = output_paths(target, count)
+    given = (*arguments.guides, *(arguments.mask or ()), arguments.replay, arguments.model)
+    inputs = [Path(path) for path in given if path is not None]
+    output.check(paths, force=arguments.force, inputs=inputs)
+
+    began = time.perf_counter()
+    repeated = record.read(Path(arguments.replay)) if arguments.replay else None
+    editor, options = open_replay(arguments, repeated) if repeated else open_fresh(arguments)
+    load_ms = 1e3 * (time.perf_counter() - began)
+    result = edit_with_progress(editor, arguments, options)
+    for note in notes(editor, result):
+        say(note)
+    if target.suffix == ".npy":
+        output.write_all([(target, output.npy(result.x))])
+    else:
+        pictures = (output.png(one.pixels, record.make(editor, result, j)) for j, one in enumerate(result.results))
+        output.write_all(list(zip(paths, pictures, strict=True)))
+    if arguments.json:
+        print_json(report(editor, result, paths, load_ms))
+    else:
+        print(*paths, sep="\n")
+    return 0
+
+
+def output_paths(target: Path, count: int) -> list[Path]:
+    """The files that `count` results go to. Raises OptionError."""
+    if target.suffix not in (".png", ".npy"):
+        raise OptionError(f"{target}: outputs are .png or .npy", hint=f"-o {target.with_suffix('.png')}")
+    if target.suffix == ".npy" or count <= 1:
+        return [target]
+    return [target.with_name(f"{target.stem}-{j:03d}.png") for j in range(count)]
+
+
+def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]:
+    """The editor and the edit's options, from the command line."""
+    import sdedit
+
+    editor = sdedit.load(arguments.model, backend=arguments.backend or "auto", threads=arguments.threads)
+    if arguments.precision not in (None, editor.backend.precision):
+        raise BackendUnavailable(
+            f"precision {arguments.precision} was asked for; {editor.artifact.name} is {editor.backend.precision}",
+            hint=f"export the model with --precision {arguments.precision}, or leave --precision out",
+        )
+    if arguments.backend in (None, "auto"):
+        say(f"backend: {editor.backend.name}, {editor.backend.precision}, {editor.backend.threads} threads")
+    given = ("t0", "steps", "sampler", "eta", "seed", "samples", "repeats", "fit")
+    options = {name: getattr(arguments, name) for name in given if getattr(arguments, name) is not None}
+    return editor, options | {"conditions": dict(arguments.set or ())}
+
+
+def open_replay(arguments: argparse.Namespace, repeated: Any) -> tuple["Editor", dict[str, Any]]:
+    """The editor and the options that the record names. Raises OptionError for flags that would change them."""
+    from dataclasses import asdict
+
+    import sdedit
+    from sdedit import record
+
+    if changed := [name for name in REPLAYED if getattr(arguments, name) is not None]:
+        raise OptionError(
+            f"--replay takes its options from the record, not from --{changed[0]}", hint=f"leave --{changed[0]} out"
+        )
+    if len(arguments.guides) != 1 or Path(arguments.output).suffix != ".png":
+        raise OptionError("--replay makes one PNG from one guide", hint="sdedit edit --replay OUT.png GUIDE -o NEW.png")
+    masks = arguments.mask or [None]
+    record.require_same("guide", repeated.guide_sha256, file_sha256(arguments.guides[0]))
+    record.require_same("mask", repeated.mask_sha256, file_sha256(masks[0]))
+    editor = sdedit.load(arguments.model, backend=repeated.backend, threads=repeated.threads)
+    record.require_same("model", repeated.artifact_sha256, editor.artifact.sha256)
+    return editor, asdict(repeated.options)
+
+
+def file_sha256(path: str | None) -> str | None:
+    """The SHA-256 a picture's record would name; None for no file. Raises ImageError."""
+    from sdedit import image
+
+    return None if path is None else image.read(path, 3).sha256
+
+
+def edit_with_progress(editor: "Editor", arguments: argparse.Namespace, options: dict[str, Any]) -> "EditResult":
+    bar = ProgressBar()
+
+    def on_step(progress: "Progress") -> None:
+        bar.update(progress.done, progress.total)
+
+    try:
+        return editor.edit(list(arguments.guides), mask=arguments.mask, on_step=on_step, **options)
+    finally:
+        bar.close()
+
+
+def notes(editor: "Editor", result: "EditResult") -> list[str]:
+    """What happened to the guides on the way that the user should know."""
+    said = result.notes
+    frame = editor.artifact.width, editor.artifact.height
+    for guide in dict.fromkeys((one.guide.label, one.guide.size) for one in result.results):
+        label, (width, height) = guide
+        if width < frame[0] or height < frame[1]:
+            said.append(f"{label}: {width}x{height} is smaller than the model's {frame[0]}x{frame[1]}: enlarged")
+    return said
+
+
+def report(editor: "Editor", result: "EditResult", paths: list[Path], load_ms: float) -> dict[str, Any]:
+    """The object that --json prints."""
+    from dataclasses import asdict
+
+    backend = editor.backend
+    return {
+        "options": asdict(result.options),
+        "backend": {
+            "name": backend.name,
+            "precision": backend.precision,
+            "threads": backend.threads,
+            **backend.versions,
+        },
+        "model": {"name": editor.artifact.name, "sha256": editor.artifact.sha256},
+        "seeds": result.seeds,
+        "timings": {"load_ms": load_ms, **asdict(result.timings)},
+        "outputs": [str(path) for path in paths],
+    }

@@ -1,0 +1,95 @@
+"""`sdedit inspect`: what an artifact says of itself, its step table, or the record in a picture."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sdedit.cli.arguments import add_json, add_schedule
+
+HELP = "show an artifact's metadata, inputs and outputs, its step table, or the record in a PNG"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help="an artifact, or a PNG that 'sdedit edit' wrote (default: the bundled model)",
+    )
+    add_schedule(parser)
+    add_json(parser)  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sdedit import artifact, record
+    from sdedit.cli.main import print_json
+
+    path = Path(arguments.file) if arguments.file else artifact.BUNDLED
+    if path.suffix == ".png":
+        fields = record.read_json(path)
+        print_json({"path": str(path), "record": fields} if arguments.json else fields)
+        return 0
+    opened = artifact.read(path)
+    described: dict[str, Any] = {
+        "path": str(path),
+        "size_bytes": opened.size_bytes,
+        "sha256": opened.sha256,
+        "opset": opened.opset,
+        "metadata": opened.metadata,
+        "inputs": [tensor(t) for t in opened.inputs],
+        "outputs": [tensor(t) for t in opened.outputs],
+    }
+    wants_table = any(getattr(arguments, name) is not None for name in ("t0", "steps", "sampler", "eta"))
+    if wants_table:
+        described["table"] = step_table(opened, arguments)
+    if arguments.json:
+        print_json(described)
+    else:
+        show(described)
+    return 0
+
+
+def tensor(t: Any) -> dict[str, Any]:
+    return {"name": t.name, "dtype": t.element, "shape": None if t.shape is None else list(t.shape)}
+
+
+def step_table(opened: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The step table as JSON: one row a step, columns named."""
+    from sdedit.editor import EditOptions
+    from sdedit.schedule import COLUMNS, plan
+
+    chosen = EditOptions(t0=arguments.t0, steps=arguments.steps, sampler=arguments.sampler, eta=arguments.eta).resolved(
+        opened.defaults
+    )
+    table = plan(opened.sde, **chosen.schedule())
+    return {"version": table.version, **chosen.schedule(), "columns": list(COLUMNS), "rows": table.rows.tolist()}
+
+
+def show(described: dict[str, Any]) -> None:
+    metadata = described["metadata"]
+    image, sde = metadata["image"], dict(metadata["sde"])
+    if isinstance(levels := sde.get("alphas_cumprod"), list):
+        sde["alphas_cumprod"] = f"{len(levels)} levels, {levels[0]:.6g} … {levels[-1]:.3g}"
+    kind = sde.pop("kind")
+    print(f"{described['path']}  {described['size_bytes'] / 1e6:.1f} MB  sha256 {described['sha256'][:16]}…")
+    rows = {
+        "name": metadata.get("name", "-"),
+        "image": f"{image['channels']} x {image['height']} x {image['width']} (channels, height, width)",
+        "sde": f"{kind}  " + "  ".join(f"{name} {value}" for name, value in sde.items()),
+        "defaults": "  ".join(f"{name} {value}" for name, value in (metadata.get("defaults") or {}).items()) or "-",
+        "precision": metadata.get("precision", "fp32"),
+        "license": metadata.get("license", "-"),
+        "opset": described["opset"],
+    }
+    for side in ("inputs", "outputs"):
+        rows[side] = "  ".join(f"{t['name']} {t['dtype']} {_shape(t['shape'])}" for t in described[side])
+    for name, value in rows.items():
+        print(f"  {name:<10}{value}")
+    if table := described.get("table"):
+        print(f"\n{'step':>6}" + "".join(f"{name:>13}" for name in table["columns"]))
+        for number, row in enumerate(table["rows"], start=1):
+            print(f"{number:>6}" + "".join(f"{value:>13.6g}" for value in row))
+
+
+def _shape(shape: list[Any] | None) -> str:
+    return "[?]" if shape is None else "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"

@@ -1,0 +1,38 @@
+"""Progress and notes on stderr."""
+
+import sys
+import time
+
+
+def say(text: str) -> None:
+    """A note for the user, on stderr."""
+    print(text, file=sys.stderr)
+
+
+class ProgressBar:
+    """One line, redrawn at most ten times a second; silent unless stderr is a terminal."""
+
+    WIDTH = 30
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+        self._began = self._drawn = 0.0
+
+    def update(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if not self._began:
+            self._began, self._first = now, done
+        if not self._shown or (now - self._drawn < 0.1 and done < total):
+            return
+        self._drawn = now
+        filled = self.WIDTH * done // total
+        rate = (done - self._first) / (now - self._began) if done > self._first else 0.0
+        left = f"  {rate:.1f} steps/s  {(total - done) / rate:.0f} s left" if rate else ""
+        bar = "█" * filled + "░" * (self.WIDTH - filled)
+        sys.stderr.write(f"\r{bar} {done}/{total}{left}\x1b[K")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        if self._shown and self._drawn:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

@@ -1,0 +1,67 @@
+"""SDEdit as an engine: guided image synthesis and editing with score-based diffusion models.
+
+    editor = sdedit.load()                                  # the bundled model, or a path to an artifact
+    editor.edit("strokes.png", t0=0.5).images[0].save("picture.png")
+
+Names are imported when first used, so that `import sdedit` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdedit.artifact import Artifact as Artifact
+    from sdedit.editor import EditOptions as EditOptions
+    from sdedit.editor import Editor as Editor
+    from sdedit.editor import EditResult as EditResult
+    from sdedit.editor import Progress as Progress
+    from sdedit.editor import load as load
+    from sdedit.errors import ArtifactError as ArtifactError
+    from sdedit.errors import BackendUnavailable as BackendUnavailable
+    from sdedit.errors import Cancelled as Cancelled
+    from sdedit.errors import ImageError as ImageError
+    from sdedit.errors import NetworkError as NetworkError
+    from sdedit.errors import OptionError as OptionError
+    from sdedit.errors import OutputError as OutputError
+    from sdedit.errors import ReplayError as ReplayError
+    from sdedit.errors import SdeditError as SdeditError
+    from sdedit.loop import Denoiser as Denoiser
+    from sdedit.loop import Step as Step
+    from sdedit.loop import denoise as denoise
+    from sdedit.loop import perturb as perturb
+    from sdedit.noise import Noise as Noise
+    from sdedit.schedule import SAMPLERS as SAMPLERS
+    from sdedit.schedule import StepTable as StepTable
+    from sdedit.schedule import plan as plan
+    from sdedit.sde import EDM as EDM
+    from sdedit.sde import VE as VE
+    from sdedit.sde import VP as VP
+    from sdedit.sde import VPDiscrete as VPDiscrete
+
+__version__ = "0.1.0"
+
+_HOME = {
+    name: module
+    for module, names in {
+        "artifact": "Artifact",
+        "editor": "Editor EditOptions EditResult Progress load",
+        "errors": "ArtifactError BackendUnavailable Cancelled ImageError NetworkError OptionError OutputError "
+        "ReplayError SdeditError",
+        "loop": "Denoiser Step denoise perturb",
+        "noise": "Noise",
+        "schedule": "SAMPLERS StepTable plan",
+        "sde": "EDM VE VP VPDiscrete",
+    }.items()
+    for name in names.split()
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sdedit' has no attribute {name!r}")
+    return getattr(import_module(f"sdedit.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,208 @@
+"""The artifact: one ordinary .onnx file, D(x; σ), with what the engine must know in its metadata.
+
+Inputs `x` float32 [B, C, H, W] and `sigma` float32 [B]; output `denoised` float32 [B, C, H, W]; B is
+dynamic. Metadata property `sdedit`: JSON, format 1. Everything is validated here, at open.
+"""
+
+import hashlib
+import json
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sdedit import protobuf
+from sdedit import sde as schedules
+from sdedit.errors import ArtifactError
+
+FORMAT = 1
+OLDEST_OPSET = 17
+EXPORT_HINT = "make an artifact with 'sdedit export'; the README's section on artifacts says what must be in it"
+BUNDLED = Path(__file__).parent / "models" / "eurosat-64.onnx"
+
+
+@dataclass(frozen=True)
+class ExtraInput:
+    """A further input of the network, one value an image, such as a class label."""
+
+    dtype: str
+    count: int | None  # values 0 … count-1, where the artifact says so
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A validated artifact: where it is, what it says of itself, what it takes and gives."""
+
+    path: Path
+    metadata: dict[str, Any]  # the JSON, whole
+    opset: int
+    inputs: tuple[protobuf.Tensor, ...]
+    outputs: tuple[protobuf.Tensor, ...]
+    size_bytes: int
+    sde: schedules.Sde = field(repr=False)
+    extra_inputs: dict[str, ExtraInput] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.metadata.get("name") or self.path.stem)
+
+    @property
+    def channels(self) -> int:
+        return int(self.metadata["image"]["channels"])
+
+    @property
+    def height(self) -> int:
+        return int(self.metadata["image"]["height"])
+
+    @property
+    def width(self) -> int:
+        return int(self.metadata["image"]["width"])
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the network takes other sizes than height x width."""
+        return bool(self.metadata["image"].get("dynamic", False))
+
+    @property
+    def multiple(self) -> int:
+        """What height and width must be multiples of, where the size is dynamic."""
+        return int(self.metadata["image"].get("multiple", 1))
+
+    @property
+    def precision(self) -> str:
+        return str(self.metadata.get("precision", "fp32"))
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """t0, steps, sampler: those the artifact recommends."""
+        return self.metadata.get("defaults") or {}
+
+    @cached_property
+    def sha256(self) -> str:
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(path: Path) -> Artifact:
+    """Open and validate an artifact. Raises ArtifactError that says which field is wrong, and how."""
+    model, size = _read_onnx(path)
+    text = model.metadata.get("sdedit")
+    if text is None:
+        raise ArtifactError(f"{path}: an ONNX file without our metadata (property 'sdedit')", hint=EXPORT_HINT)
+    try:
+        metadata = json.loads(text)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: metadata 'sdedit' is not JSON: {error}", hint=EXPORT_HINT) from error
+    try:
+        return _validate(path, model, size, metadata)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}", hint=error.hint) from None
+
+
+def _read_onnx(path: Path) -> tuple[protobuf.Model, int]:
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise ArtifactError(f"{path}: is a folder, not an .onnx file", hint="name the .onnx file in it")
+        if size == 0:
+            raise ArtifactError(f"{path}: is empty (0 bytes)", hint="copy or export it again")
+        with path.open("rb") as file:  # mapped, so that the weights are never read
+            return protobuf.read_model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))), size
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file", hint="without -m the bundled model is used") from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}", hint="check the file's permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not an ONNX file, or a truncated one: {error}", hint=EXPORT_HINT) from error
+
+
+def _validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Artifact:
+    if not isinstance(metadata, dict):
+        raise ArtifactError("metadata 'sdedit' is not a JSON object", hint=EXPORT_HINT)
+    version: Any = metadata.get("format")
+    if not _whole(version):
+        raise ArtifactError(f"format is {version!r}; wanted {FORMAT}", hint=EXPORT_HINT)
+    if version > FORMAT:
+        raise ArtifactError(
+            f"format {version} is newer than this engine reads ({FORMAT})", hint="pip install --upgrade sdedit-engine"
+        )
+    if version < 1:
+        raise ArtifactError(f"format is {version}; wanted {FORMAT}", hint=EXPORT_HINT)
+    if model.opset < OLDEST_OPSET:
+        raise ArtifactError(f"opset is {model.opset}; wanted at least {OLDEST_OPSET}", hint="re-export with opset 18")
+    image = metadata.get("image")
+    if not isinstance(image, dict):
+        raise ArtifactError("metadata has no 'image' object", hint=EXPORT_HINT)
+    for name in ("channels", "height", "width", "multiple"):
+        value: Any = image.get(name, 1 if name == "multiple" else None)
+        if not _whole(value) or value < 1:
+            raise ArtifactError(f"image.{name} is {value!r}; wanted a whole number, at least 1", hint=EXPORT_HINT)
+    for name in ("height", "width"):
+        if image[name] % image.get("multiple", 1):
+            raise ArtifactError(
+                f"image.{name} is {image[name]}; must be a multiple of {image['multiple']}",
+                hint=f"re-export with a size that is a multiple of {image['multiple']}",
+            )
+    if not isinstance(metadata.get("sde"), dict):
+        raise ArtifactError("metadata has no 'sde' object", hint=EXPORT_HINT)
+    if not isinstance(metadata.get("defaults", {}), dict | None):
+        raise ArtifactError("defaults is not a JSON object", hint=EXPORT_HINT)
+    extra = _extra_inputs(metadata)
+    _check_tensors(model, image, extra)
+    return Artifact(
+        path, metadata, model.opset, model.inputs, model.outputs, size, schedules.from_metadata(metadata["sde"]), extra
+    )  # fmt: skip
+
+
+def _extra_inputs(metadata: Mapping[str, Any]) -> dict[str, ExtraInput]:
+    declared = metadata.get("inputs") or {}
+    if not isinstance(declared, dict) or not all(isinstance(value, dict) for value in declared.values()):
+        raise ArtifactError("inputs is not a JSON object of objects", hint=EXPORT_HINT)
+    extra = {}
+    for name, value in declared.items():
+        dtype = value.get("dtype")
+        if dtype not in ("int64", "int32", "float32"):
+            raise ArtifactError(f"inputs.{name}.dtype is {dtype!r}; wanted int64, int32 or float32", hint=EXPORT_HINT)
+        count: Any = value.get("count")
+        if count is not None and (not _whole(count) or count < 1):
+            raise ArtifactError(
+                f"inputs.{name}.count is {count!r}; wanted a whole number, at least 1", hint=EXPORT_HINT
+            )
+        extra[name] = ExtraInput(dtype, count)
+    return extra
+
+
+def _check_tensors(model: protobuf.Model, image: Mapping[str, Any], extra: Mapping[str, ExtraInput]) -> None:
+    frame = (image["channels"], image["height"], image["width"])
+    wanted_inputs = {"x": ("float32", 4), "sigma": ("float32", 1)} | {n: (e.dtype, 1) for n, e in extra.items()}
+    for side, tensors, wanted in (
+        ("input", model.inputs, wanted_inputs),
+        ("output", model.outputs, {"denoised": ("float32", 4)}),
+    ):
+        found = {tensor.name: tensor for tensor in tensors}
+        if set(found) != set(wanted):
+            raise ArtifactError(
+                f"{side}s are {', '.join(found) or 'none'}; wanted {', '.join(wanted)}", hint=EXPORT_HINT
+            )
+        for name, (element, rank) in wanted.items():
+            tensor = found[name]
+            if tensor.element != element:
+                raise ArtifactError(f"{side} {name} is {tensor.element}; wanted {element}", hint=EXPORT_HINT)
+            if tensor.shape is None and side == "output":
+                continue
+            shape = tensor.shape or ()
+            if len(shape) != rank:
+                raise ArtifactError(f"{side} {name} has rank {len(shape)}; wanted {rank}", hint=EXPORT_HINT)
+            if isinstance(shape[0], int) and side == "input":
+                raise ArtifactError(
+                    f"{side} {name} has a fixed batch of {shape[0]}; wanted a dynamic one", hint=EXPORT_HINT
+                )
+            for size, meant, label in zip(shape[1:], frame, ("channels", "height", "width"), strict=False):
+                if isinstance(size, int) and size != meant:
+                    raise ArtifactError(f"{side} {name} has {label} {size}, image.{label} is {meant}", hint=EXPORT_HINT)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,278 @@
+"""The one verb: load an artifact, edit pictures with it."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sdedit import artifact as artifacts
+from sdedit import image
+from sdedit.backends import Backend, open_backend
+from sdedit.errors import ArtifactError, OptionError
+from sdedit.image import Picture, Pixels, Placement, Source
+from sdedit.loop import Array, Denoiser, Step, blend, denoise, perturb
+from sdedit.noise import Noise, result_seed
+from sdedit.schedule import StepTable, plan, resolve_eta
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """How to edit. None takes the artifact's default, else t0 0.5, 50 steps, `ancestral`."""
+
+    t0: float | None = None  # in (0, 1]: small is faithful to the guide, large is realistic
+    steps: int | None = None  # denoising steps actually run, each one network evaluation
+    sampler: str | None = None  # one of sdedit.SAMPLERS
+    eta: float | None = None  # the share of fresh noise, for ddim and dpmpp-2m-sde
+    seed: int = 0  # of the first result; result j has seed + j
+    samples: int = 1  # results per guide
+    repeats: int = 1  # the paper's K: passes, each starting from the last one's result
+    fit: str = "crop"  # one of image.FITS: how a guide of another size or aspect enters the frame
+    batch: int = 1  # images per network call
+    conditions: Mapping[str, float] = field(default_factory=dict)  # values of the model's extra inputs
+
+    def resolved(self, defaults: Mapping[str, Any]) -> "EditOptions":
+        """With every None replaced, and checked. Raises OptionError."""
+        for name in ("samples", "repeats", "batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise OptionError(
+                    f"{name} is {value}; wanted a whole number, at least 1", hint=f"leave {name} out for 1"
+                )
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise OptionError(f"seed is {self.seed}; wanted a whole number in [0, 2^64)", hint="leave it out for 0")
+        sampler = self.sampler or defaults.get("sampler", "ancestral")
+        return replace(
+            self,
+            t0=defaults.get("t0", 0.5) if self.t0 is None else self.t0,
+            steps=defaults.get("steps", 50) if self.steps is None else self.steps,
+            sampler=sampler,
+            eta=resolve_eta(sampler, self.eta),
+        )
+
+    def schedule(self) -> dict[str, Any]:
+        """The keywords of `sdedit.plan`."""
+        return {name: getattr(self, name) for name in ("t0", "steps", "sampler", "eta")}
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of one `edit` call on this machine's clock."""
+
+    total_ms: float  # everything, from reading the guides to the last result
+    loop_ms: float  # noise, network and updates
+    network_ms: float  # of which the network
+    evaluations: int  # network calls
+
+
+@dataclass(frozen=True)
+class Result:
+    """One edited picture and where it came from."""
+
+    guide: Picture
+    mask: Picture | None
+    seed: int
+    x: Array  # (C, H, W) float32 at model size, unclipped, before pasting
+    pixels: Pixels  # (H, W, C) uint8: model size, or the guide's with a mask
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What `Editor.edit` returns; result number j = guide index * samples + sample index."""
+
+    results: tuple[Result, ...]
+    options: EditOptions
+    timings: Timings
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures, RGB (or L for a one-channel model)."""
+        return [image.to_image(result.pixels) for result in self.results]
+
+    @property
+    def x(self) -> NDArray[np.float32]:
+        """The raw model output, (B, C, H, W) float32, unclipped, before pasting."""
+        return np.stack([result.x for result in self.results])
+
+    @property
+    def seeds(self) -> list[int]:
+        return [result.seed for result in self.results]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was converted while reading the guides and masks."""
+        pictures = [picture for result in self.results for picture in (result.guide, result.mask) if picture]
+        return list(dict.fromkeys(note for picture in pictures for note in picture.notes))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `on_step` is given after every step. Return False from it to cancel."""
+
+    done: int  # network evaluations so far, of `total`
+    total: int
+    step: Step
+    _pictures: Callable[[Array], list[Pixels]] = field(repr=False)
+
+    def preview(self) -> list[Image.Image]:
+        """The network's current estimate of this batch's results, as `EditResult.images` would show them."""
+        return [image.to_image(pixels) for pixels in self._pictures(self.step.denoised)]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One result to make: a guide in the model's frame, and the seed."""
+
+    guide: Picture
+    mask: Picture | None
+    placement: Placement
+    x: image.Floats  # (C, H, W)
+    omega: image.Floats | None  # (1, H, W)
+    omega_full: image.Floats | None  # (H, W) at the guide's size
+    seed: int
+
+
+class Editor:
+    """A loaded artifact, ready to edit. Made by `sdedit.load`; may be shared between threads."""
+
+    def __init__(self, artifact: artifacts.Artifact, backend: Backend) -> None:
+        self.artifact = artifact
+        self.backend = backend
+        self.sde = artifact.sde
+
+    def edit(
+        self,
+        guides: Source | Sequence[Source],
+        *,
+        mask: Source | Sequence[Source] | None = None,
+        on_step: Callable[[Progress], bool | None] | None = None,
+        **options: Any,
+    ) -> EditResult:
+        """Edit one guide, or each of a list: `samples` results a guide.
+
+        guides, mask: a path, a PIL image or a uint8 array (H, W, 3); a mask has its guide's size, white
+        repaints, black keeps; one mask serves all guides, or give one each. options: the fields of
+        EditOptions. Raises an SdeditError: ImageError, OptionError, NetworkError, Cancelled.
+        """
+        began = time.perf_counter()
+        chosen = make_options(options).resolved(self.artifact.defaults)
+        table = plan(self.sde, **chosen.schedule())
+        jobs = self._jobs(_listed(guides), None if mask is None else _listed(mask), chosen)
+        denoiser = _Timed(self.backend.bind(chosen.batch, chosen.conditions))
+        groups = [jobs[at : at + chosen.batch] for at in range(0, len(jobs), chosen.batch)]
+        total = len(groups) * chosen.repeats * table.steps
+        loop_began = time.perf_counter()
+        xs: list[Array] = []
+        for group in groups:
+
+            def report(step: Step, group: list[_Job] = group) -> bool | None:
+                assert on_step is not None
+                return on_step(Progress(denoiser.calls, total, step, lambda x: _pixels(group, x)))
+
+            xs.extend(_run(group, chosen, table, denoiser, None if on_step is None else report))
+        loop_s = time.perf_counter() - loop_began
+        pictures = _pixels(jobs, xs)
+        results = tuple(Result(j.guide, j.mask, j.seed, x, p) for j, x, p in zip(jobs, xs, pictures, strict=True))
+        total_s = time.perf_counter() - began
+        return EditResult(results, chosen, Timings(1e3 * total_s, 1e3 * loop_s, 1e3 * denoiser.seconds, denoiser.calls))
+
+    def _jobs(self, guides: list[Source], masks: list[Source] | None, options: EditOptions) -> list[_Job]:
+        if not guides:
+            raise OptionError("no guide to edit", hint="pass at least one picture")
+        if masks is not None and len(masks) not in (1, len(guides)):
+            raise OptionError(f"{len(masks)} masks for {len(guides)} guides", hint="give one mask for all, or one each")
+        frame = self.artifact.width, self.artifact.height
+        jobs = []
+        for index, source in enumerate(guides):
+            guide = image.read(source, self.artifact.channels)
+            omega_full = picture = omega = None
+            if masks is not None:
+                omega_full, picture = image.read_mask(masks[index if len(masks) > 1 else 0], guide)
+            placement = image.place(guide, frame, options.fit, omega_full)
+            if omega_full is not None:
+                omega = image.mask_to_model(omega_full, placement)
+            x = image.to_model(guide, placement)
+            for sample in range(options.samples):
+                seed = result_seed(options.seed, index * options.samples + sample)
+                jobs.append(_Job(guide, picture, placement, x, omega, omega_full, seed))
+        return jobs
+
+
+def load(model: str | Path | None = None, *, backend: str = "auto", threads: int | None = None) -> Editor:
+    """Open an artifact (.onnx file; None is the bundled 64x64 model) on a backend.
+
+    threads: CPU threads of the network; None uses every core this process may.
+    Raises ArtifactError, BackendUnavailable.
+    """
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise OptionError(f"threads is {threads}; wanted a whole number, at least 1", hint="leave it out for all cores")
+    path = artifacts.BUNDLED if model is None else Path(model)
+    if path.suffix == ".plan":
+        raise ArtifactError(
+            f"{path}: TensorRT plans are not run by this version", hint="load the .onnx file it came from"
+        )
+    artifact = artifacts.read(path)
+    return Editor(artifact, open_backend(backend, artifact, threads))
+
+
+def make_options(options: Mapping[str, Any]) -> EditOptions:
+    """EditOptions from keywords. Raises OptionError for a name that is none of its fields."""
+    names = [f.name for f in fields(EditOptions)]
+    if unknown := set(options) - set(names):
+        raise OptionError(f"unknown option {', '.join(sorted(unknown))}", hint=f"options are {', '.join(names)}")
+    return EditOptions(**options)
+
+
+class _Timed:
+    """A denoiser that knows how long it took."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self.seconds, self.calls = 0.0, 0
+
+    def __call__(self, x: Array, sigma: Array) -> Array:
+        began = time.perf_counter()
+        denoised = self._denoiser(x, sigma)
+        self.seconds += time.perf_counter() - began
+        self.calls += 1
+        return denoised
+
+
+def _run(
+    group: list[_Job],
+    options: EditOptions,
+    table: StepTable,
+    denoiser: Denoiser,
+    on_step: Callable[[Step], bool | None] | None,
+) -> Array:
+    """The repeats of one batch: (len(group), C, H, W). A short group is filled up, so that a result never
+    depends on how many others there were.
+    """
+    full = group + [group[-1]] * (options.batch - len(group))
+    guide = np.stack([job.x for job in full])
+    mask = None if full[0].omega is None else np.stack([job.omega for job in full if job.omega is not None])
+    noise = Noise([job.seed for job in full], guide.shape[1:])
+    start = guide
+    for repeat in range(options.repeats):
+        x = perturb(start, table, noise, repeat=repeat)
+        edited = denoise(
+            denoiser, x, table, noise, repeat=repeat, guide=None if mask is None else guide, mask=mask, on_step=on_step
+        )
+        start = blend(guide, edited, mask)
+    return edited[: len(group)]
+
+
+def _pixels(jobs: Sequence[_Job], xs: Sequence[Array] | Array) -> list[Pixels]:
+    """The pictures of these jobs: the whole frame, or pasted into the guide where there is a mask."""
+    return [
+        image.to_pixels(x) if job.omega_full is None else image.paste(job.guide, job.omega_full, x, job.placement)
+        for job, x in zip(jobs, xs, strict=False)  # a batch that was filled up has more x than jobs
+    ]
+
+
+def _listed(sources: Source | Sequence[Source]) -> list[Source]:
+    return list(sources) if isinstance(sources, list | tuple) else [sources]  # type: ignore[list-item]

@@ -1,0 +1,239 @@
+"""Pictures in and out: files and arrays to model tensors, masks, and pasting the result back.
+
+Pixels are (H, W, C) uint8 with C the model's 3 (RGB) or 1 (grey); model tensors are (C, H, W) float32
+in [-1, 1]; masks are (H, W) float32 in [0, 1], 1 = repaint.
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Image import Resampling
+
+from sdedit.errors import ImageError, OptionError
+
+Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Source = str | Path | Image.Image | Pixels
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom excluded
+
+FITS = ("crop", "pad", "stretch", "exact")
+MAX_PIXELS = 100_000_000
+FORMATS_HINT = "PNG, JPEG, WebP, TIFF, BMP and GIF are read"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A guide or mask as pixels, with what its record and messages need."""
+
+    pixels: Pixels
+    label: str
+    sha256: str | None  # of the file; None where there was none
+    notes: tuple[str, ...] = ()  # what was converted on the way, for the user
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)"""
+        return self.pixels.shape[1], self.pixels.shape[0]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which window of the guide fills which part of the model's frame."""
+
+    window: Box  # in the guide
+    part: Box  # in the frame
+    frame: tuple[int, int]  # (width, height)
+
+
+def read(source: Source, channels: int, role: str = "guide") -> Picture:
+    """A path, a PIL image or a uint8 array (H, W, 3) or (H, W) as `channels` channels. Raises ImageError."""
+    if isinstance(source, str | Path):
+        return _read_file(Path(source), channels)
+    if isinstance(source, Image.Image):
+        pixels, notes = _to_pixels(source, channels, f"the {role}")
+        return Picture(pixels, f"the {role}", None, notes)
+    array = np.asarray(source)
+    if (
+        array.dtype != np.uint8
+        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4)))
+        or 0 in array.shape
+    ):
+        raise ImageError(
+            f"the {role} is an array of {array.dtype} {array.shape}; wanted uint8 (height, width, 3)",
+            hint="pass a path, a PIL image or a uint8 RGB array",
+        )
+    return read(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array), channels, role)
+
+
+def _read_file(path: Path, channels: int) -> Picture:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file", hint="check the path") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path}: is a folder, not a picture", hint="name the picture in it") from None
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror}", hint="check the file's permissions") from error
+    if not data:
+        raise ImageError(f"{path}: is empty (0 bytes)", hint="copy or save the picture again")
+    too_large = ImageError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels", hint="scale the picture down first")
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise too_large
+            pixels, notes = _to_pixels(opened, channels, str(path))
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{path}: not a picture, or of an unknown format", hint=FORMATS_HINT) from None
+    except Image.DecompressionBombError:
+        raise too_large from None
+    except MemoryError:
+        raise ImageError(f"{path}: does not fit into memory", hint="scale the picture down first") from None
+    except Exception as error:  # Pillow's decoders raise many kinds for a broken file
+        raise ImageError(f"{path}: cannot be decoded: {error}", hint="the file is damaged: save it again") from error
+    return Picture(pixels, str(path), hashlib.sha256(data).hexdigest(), notes)
+
+
+def _to_pixels(image: Image.Image, channels: int, label: str) -> tuple[Pixels, tuple[str, ...]]:
+    """Any Pillow image as (H, W, channels) uint8, upright, opaque."""
+    if channels not in (1, 3):
+        raise ImageError(
+            f"the model has {channels} channels; pictures have 3 (RGB) or 1 (grey)",
+            hint="use sdedit.denoise with arrays",
+        )
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # MPO: a photograph with previews of itself behind it
+        raise ImageError(f"{label}: has {frames} frames (animated, or several pages)", hint="save the one you mean")
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{label}: has 32-bit pixels (mode {image.mode})", hint="save it with 8 or 16 bits a channel")
+    notes: list[str] = []
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+        notes.append(f"{label}: 16 bits reduced to 8")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if np.asarray(image)[..., 3].min() < 255:
+            notes.append(f"{label}: transparent parts put on white")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "CMYK":
+        notes.append(f"{label}: CMYK converted to RGB without a colour profile")
+    pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    return pixels.reshape(*pixels.shape[:2], channels), tuple(notes)
+
+
+def place(guide: Picture, frame: tuple[int, int], fit: str, mask: Floats | None = None) -> Placement:
+    """Where `guide` goes in a frame (width, height). With a mask, a crop is shifted to cover what it repaints."""
+    width, height = guide.size
+    whole, full = (0, 0, width, height), (0, 0, *frame)
+    if fit not in FITS:
+        raise OptionError(f"unknown fit {fit!r}", hint=f"choose one of {', '.join(FITS)}")
+    if fit == "exact" and guide.size != frame:
+        raise ImageError(
+            f"{guide.label}: is {width}x{height}; the model's frame is {frame[0]}x{frame[1]}",
+            hint="--fit crop, pad or stretch resizes it",
+        )
+    if fit == "pad":
+        scale = min(frame[0] / width, frame[1] / height)
+        inner = max(1, round(width * scale)), max(1, round(height * scale))
+        left, top = (frame[0] - inner[0]) // 2, (frame[1] - inner[1]) // 2
+        return Placement(whole, (left, top, left + inner[0], top + inner[1]), frame)
+    if fit == "crop":
+        return Placement(_crop_window(guide, frame, mask), full, frame)
+    return Placement(whole, full, frame)
+
+
+def _crop_window(guide: Picture, frame: tuple[int, int], mask: Floats | None) -> Box:
+    """The largest window of the frame's aspect: centred, or shifted over the mask's bounding box."""
+    width, height = guide.size
+    wide = min(width, max(1, round(height * frame[0] / frame[1])))
+    high = min(height, max(1, round(width * frame[1] / frame[0])))
+    left, top = (width - wide) // 2, (height - high) // 2
+    if mask is not None and mask.any():
+        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+        box = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+        if box[2] - box[0] > wide or box[3] - box[1] > high:
+            raise ImageError(
+                f"{guide.label}: the mask spans {box[2] - box[0]}x{box[3] - box[1]} pixels; "
+                f"the largest crop window of the model's aspect is {wide}x{high}",
+                hint="--fit pad or stretch uses the whole picture",
+            )
+        left = min(max(left, box[2] - wide), box[0])
+        top = min(max(top, box[3] - high), box[1])
+    return left, top, left + wide, top + high
+
+
+def to_model(guide: Picture, placement: Placement) -> Floats:
+    """The guide in the model's frame: (C, H, W) float32 in [-1, 1]. Padding repeats the edge."""
+    left, top, right, bottom = placement.part
+    planes = [
+        np.asarray(_resize(Image.fromarray(plane), placement.window, (right - left, bottom - top)))
+        for plane in np.moveaxis(guide.pixels, 2, 0)
+    ]
+    margins = ((0, 0), (top, placement.frame[1] - bottom), (left, placement.frame[0] - right))
+    return np.pad(np.stack(planes), margins, mode="edge").astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def mask_to_model(mask: Floats, placement: Placement) -> Floats:
+    """The mask in the model's frame, (1, H, W): box filter down, bilinear up; padding is kept (0)."""
+    left, top, right, bottom = placement.part
+    window = placement.window
+    image = Image.fromarray(mask).crop(window)
+    for size in ((right - left, image.height), (right - left, bottom - top)):  # one axis at a time
+        smaller = size[0] * size[1] < image.width * image.height
+        image = image.resize(size, Resampling.BOX if smaller else Resampling.BILINEAR)
+    framed = np.zeros((1, placement.frame[1], placement.frame[0]), np.float32)
+    framed[0, top:bottom, left:right] = np.clip(np.asarray(image), 0, 1)
+    return framed
+
+
+def read_mask(source: Source, guide: Picture) -> tuple[Floats, Picture]:
+    """A mask of the guide's size, (H, W) float32 in [0, 1], white = repaint. Raises ImageError."""
+    picture = read(source, 1, "mask")
+    if picture.size != guide.size:
+        raise ImageError(
+            f"{picture.label}: is {picture.size[0]}x{picture.size[1]}; the guide {guide.label} is "
+            f"{guide.size[0]}x{guide.size[1]}",
+            hint="a mask has the size of its guide: white repaints, black keeps",
+        )
+    return picture.pixels[..., 0].astype(np.float32) / np.float32(255), picture
+
+
+def to_pixels(x: NDArray[Any]) -> Pixels:
+    """(C, H, W) in [-1, 1] -> (H, W, C) uint8, clipped."""
+    return np.moveaxis(np.rint(np.clip((x + 1) * 127.5, 0, 255)).astype(np.uint8), 0, 2)
+
+
+def paste(guide: Picture, mask: Floats, x: NDArray[Any], placement: Placement) -> Pixels:
+    """guide + Ω (resized x - guide) at the guide's size. Where Ω = 0 its bytes leave as they came."""
+    left, top, right, bottom = placement.window
+    part = placement.part
+    size = right - left, bottom - top
+    planes = [np.asarray(_resize(Image.fromarray(np.asarray(plane, np.float32)), part, size)) for plane in x]
+    edited = np.clip((np.stack(planes, axis=2) + 1) * np.float32(127.5), 0, 255)
+    omega = mask[top:bottom, left:right, None]
+    result = guide.pixels.copy()
+    result[top:bottom, left:right] = np.rint((1 - omega) * result[top:bottom, left:right] + omega * edited)
+    return result
+
+
+def to_image(pixels: Pixels) -> Image.Image:
+    """(H, W, C) uint8 -> a PIL image, RGB or L."""
+    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+
+
+def _resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    """The box of `image` at `size`: Lanczos down, bicubic up, untouched where the size is the same."""
+    cropped = image.crop(box)
+    if cropped.size == size:
+        return cropped
+    smaller = size[0] * size[1] < cropped.width * cropped.height
+    return cropped.resize(size, Resampling.LANCZOS if smaller else Resampling.BICUBIC)

@@ -1,0 +1,132 @@
+"""SDEdit on one page: noise the guide up to t0, then integrate the reverse SDE back (Meng et al. 2022)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdedit.errors import Cancelled, NetworkError, OptionError
+from sdedit.noise import STREAM_MASK, STREAM_STATE, NoiseSource
+from sdedit.schedule import COLUMNS, StepTable
+
+Array = NDArray[np.floating[Any]]
+
+
+class Denoiser(Protocol):
+    """A score network, seen as the estimator D(x; σ) of the clean image."""
+
+    def __call__(self, x: Array, sigma: Array) -> Array:
+        """x (B, C, H, W), sigma (B,) -> (B, C, H, W). May return the same buffer every time."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step, as `on_step` sees it. The arrays are the loop's own: copy what you keep."""
+
+    number: int  # 1 … steps
+    steps: int
+    repeat: int
+    sigma: NDArray[np.float64]  # the level the step left: () or (B,)
+    denoised: Array  # (B, C, H, W), the network's current estimate of the result
+
+
+OnStep = Callable[[Step], bool | None]
+
+
+def perturb(guide: Array, table: StepTable, noise: NoiseSource, *, repeat: int = 0) -> Array:
+    """x(t0) = guide + σ(t0) z. guide (B, C, H, W) in [-1, 1] -> a new array of its shape and precision."""
+    sigma = _per_image(table.column("sigma")[..., 0], guide)
+    return np.asarray(guide + sigma * noise(0, repeat, STREAM_STATE), guide.dtype)
+
+
+def denoise(
+    denoiser: Denoiser,
+    x: Array,
+    table: StepTable,
+    noise: NoiseSource,
+    *,
+    repeat: int = 0,
+    guide: Array | None = None,
+    mask: Array | None = None,
+    on_step: OnStep | None = None,
+) -> Array:
+    """Algorithm 1: from x at level σ(t0) to the clean image, in the precision of x. Works in place on x.
+
+    x, guide: (B, C, H, W). mask: broadcasts to it, in [0, 1], 1 = repaint; needs the guide.
+    Returns x, which holds the last D. Raises NetworkError (NaN or Inf, with the step) and Cancelled.
+    """
+    if (mask is None) != (guide is None):
+        raise OptionError("mask and guide go together in denoise()", hint="pass both or neither")
+    number_type = x.dtype.type
+    batch = len(x)
+    levels = np.empty((table.steps, batch), x.dtype)
+    levels[...] = table.column("sigma").T.reshape(table.steps, -1)
+    coefficients = [_columns(table, n, x) for n in range(table.steps)]
+    work, previous = np.empty_like(x), np.empty_like(x)
+    two_step = bool(np.any(table.column("d")))
+    if mask is not None and guide is not None:
+        mask = np.asarray(mask, number_type)
+        kept = (1 - mask) * guide
+        mask_noise = np.sqrt(1 - mask**2)
+
+    for number, (a, b, c, d, sigma_next) in enumerate(coefficients, start=1):
+        denoised = denoiser(x, levels[number - 1])
+        if not np.isfinite(denoised.sum()):
+            raise _not_finite(denoised, number, table, repeat)
+        np.multiply(x, a, out=x)
+        np.multiply(denoised, b, out=work)
+        np.add(x, work, out=x)
+        if two_step:
+            if np.any(d):
+                np.subtract(denoised, previous, out=work)
+                np.multiply(work, d, out=work)
+                np.add(x, work, out=x)
+            np.copyto(previous, denoised)
+        if np.any(c):
+            np.multiply(noise(number, repeat, STREAM_STATE), c, out=work)
+            np.add(x, work, out=x)
+        if mask is not None and number < table.steps:
+            np.multiply(x, mask, out=x)
+            np.add(x, kept, out=x)
+            np.multiply(noise(number, repeat, STREAM_MASK), mask_noise, out=work)
+            np.multiply(work, sigma_next, out=work)
+            np.add(x, work, out=x)
+        if on_step is not None:
+            sigma = table.column("sigma")[..., number - 1]
+            if on_step(Step(number, table.steps, repeat, sigma, denoised)) is False:
+                raise Cancelled(f"cancelled at step {number} of {table.steps}", hint="on_step returned False")
+    return x
+
+
+def blend(guide: Array, edited: Array, mask: Array | None) -> Array:
+    """guide + Ω (edited - guide), exact at both ends: Ω = 0 gives the guide, Ω = 1 the edit."""
+    return edited if mask is None else (1 - mask) * guide + mask * edited
+
+
+def _columns(table: StepTable, n: int, x: Array) -> tuple[Any, ...]:
+    """a, b, c, d, sigma_next of step n in the precision of x: scalars, or (B, 1, 1, 1)."""
+    return tuple(_per_image(table.column(name)[..., n], x) for name in COLUMNS[1:])
+
+
+def _per_image(values: NDArray[np.float64], x: Array) -> Any:
+    if values.ndim == 0:
+        return x.dtype.type(values)
+    if len(values) != len(x):
+        raise OptionError(
+            f"step table for {len(values)} images, batch of {len(x)}",
+            hint="stack one table per image, or pass one for all",
+        )
+    return values.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def _not_finite(denoised: Array, number: int, table: StepTable, repeat: int) -> NetworkError:
+    sigma = np.max(table.column("sigma")[..., number - 1])
+    bad = int(np.count_nonzero(~np.isfinite(denoised)))
+    return NetworkError(
+        f"the network returned {bad} NaN or Inf values at step {number} of {table.steps} "
+        f"(repeat {repeat}, σ = {sigma:.4g})",
+        hint="the model may overflow in its precision, or not know this σ: use an fp32 model or a smaller t0",
+    )

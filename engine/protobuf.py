@@ -1,0 +1,135 @@
+"""As much of the protobuf wire format as it takes to read an ONNX file's interface without the onnx package.
+
+Field numbers are those of onnx.proto (IR version 10); weights are skipped over, not read.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Value = int | memoryview
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input or output of the graph. A dimension is a number, a name, or None where nothing is said."""
+
+    name: str
+    element: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """An ONNX file as its interface shows it."""
+
+    opset: int
+    producer: str
+    metadata: dict[str, str]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+ELEMENTS = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
+
+
+def read_model(data: memoryview) -> Model:
+    """Raises ValueError where `data` is not a whole ONNX model."""
+    opset, producer, metadata, graph = 0, "", {}, None
+    for number, value in _fields(data):
+        match number, value:
+            case 2, memoryview():
+                producer = _text(value)
+            case 7, memoryview():
+                graph = value
+            case 8, memoryview():
+                operators = dict(_fields(value))
+                if operators.get(1, b"") in (b"", b"ai.onnx"):
+                    version = operators.get(2)
+                    opset = version if isinstance(version, int) else 0
+            case 14, memoryview():
+                entry = dict(_fields(value))
+                metadata[_text(entry.get(1, memoryview(b"")))] = _text(entry.get(2, memoryview(b"")))
+    if graph is None or not opset:
+        raise ValueError("no graph in it")
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    weights = set()
+    for number, value in _fields(graph):
+        if number == 5 and isinstance(value, memoryview):
+            weights.add(next((_text(v) for n, v in _fields(value) if n == 8), ""))
+        elif number in (11, 12):
+            (inputs if number == 11 else outputs).append(_tensor(value))
+    return Model(opset, producer, metadata, tuple(t for t in inputs if t.name not in weights), tuple(outputs))
+
+
+def _tensor(data: Value) -> Tensor:
+    """ValueInfoProto."""
+    name, element, shape = "", "not a tensor", None
+    for number, value in _fields(data):
+        if number == 1:
+            name = _text(value)
+        elif number == 2:
+            for kind, body in _fields(value):
+                if kind == 1:  # tensor_type
+                    parts = dict(_fields(body))
+                    element = ELEMENTS.get(_integer(parts.get(1, 0)), f"element type {parts.get(1)}")
+                    if 2 in parts:
+                        shape = tuple(_dimension(dim) for tag, dim in _fields(parts[2]) if tag == 1)
+    return Tensor(name, element, shape)
+
+
+def _dimension(data: Value) -> int | str | None:
+    parts = dict(_fields(data))
+    return _integer(parts[1]) if 1 in parts else _text(parts[2]) if 2 in parts else None
+
+
+def _fields(data: Value) -> Iterator[tuple[int, Value]]:
+    """The (field number, value) pairs of one message, in order."""
+    if isinstance(data, int):
+        raise ValueError("a number where a message should be")
+    at, end = 0, len(data)
+    while at < end:
+        tag, at = _varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        if number == 0:
+            raise ValueError("field number 0")
+        if wire == VARINT:
+            value, at = _varint(data, at)
+            yield number, value
+            continue
+        if wire == BYTES:
+            size, at = _varint(data, at)
+        elif wire in (FIXED64, FIXED32):
+            size = 8 if wire == FIXED64 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+        if at + size > end:
+            raise ValueError("it ends too early")
+        yield number, data[at : at + size]
+        at += size
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise ValueError("it ends too early")
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _text(value: Value) -> str:
+    if isinstance(value, int):
+        raise ValueError("a number where text should be")
+    return bytes(value).decode("utf-8")
+
+
+def _integer(value: Value) -> int:
+    if not isinstance(value, int):
+        raise ValueError("bytes where a number should be")
+    return value

@@ -1,0 +1,124 @@
+"""The record a PNG carries: everything it takes to make the same bytes again, and nothing private.
+
+One JSON object in the text chunk `sdedit`. Files are named by SHA-256, never by path.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image
+
+import sdedit
+from sdedit.editor import EditOptions, Editor, EditResult, make_options
+from sdedit.errors import ReplayError, SdeditError
+from sdedit.noise import SPECIFICATION
+
+KEYWORD = "sdedit"
+FORMAT = 1
+RECORDED = ("t0", "steps", "sampler", "eta", "repeats", "fit", "batch")
+
+
+def make(editor: Editor, result: EditResult, index: int) -> dict[str, Any]:
+    """The record of result number `index`, as if it had been made alone."""
+    one = result.results[index]
+    return {
+        "format": FORMAT,
+        "options": {name: getattr(result.options, name) for name in RECORDED}
+        | {"seed": one.seed, "conditions": dict(result.options.conditions)},
+        "noise": SPECIFICATION,
+        "artifact": {"name": editor.artifact.name, "sha256": editor.artifact.sha256},
+        "guide": {"sha256": one.guide.sha256},
+        "mask": None if one.mask is None else {"sha256": one.mask.sha256},
+        "backend": {
+            "name": editor.backend.name,
+            "precision": editor.backend.precision,
+            "threads": editor.backend.threads,
+        },
+        "versions": {
+            "sdedit-engine": sdedit.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            **editor.backend.versions,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record that was read back and checked."""
+
+    options: EditOptions
+    backend: str
+    threads: int
+    artifact_sha256: str
+    artifact_name: str
+    guide_sha256: str
+    mask_sha256: str | None
+    versions: Mapping[str, str]
+
+
+def read(path: Path) -> Record:
+    """The record of a PNG written by `sdedit edit`. Raises ReplayError."""
+    fields = read_json(path)
+    if fields.get("format") != FORMAT:
+        raise ReplayError(
+            f"{path}: its record has format {fields.get('format')!r}; wanted {FORMAT}", hint="upgrade sdedit-engine"
+        )
+    if fields.get("noise") != SPECIFICATION:
+        raise ReplayError(
+            f"{path}: was made with noise {fields.get('noise')!r}; this engine makes {SPECIFICATION}",
+            hint="use the version of sdedit-engine named in 'sdedit inspect'",
+        )
+    try:
+        mask = fields["mask"]
+        return Record(
+            make_options(fields["options"]),
+            str(fields["backend"]["name"]),
+            int(fields["backend"]["threads"]),
+            str(fields["artifact"]["sha256"]),
+            str(fields["artifact"]["name"]),
+            str(fields["guide"]["sha256"]),
+            None if mask is None else str(mask["sha256"]),
+            dict(fields["versions"]),
+        )
+    except (KeyError, TypeError, ValueError, SdeditError) as error:
+        raise ReplayError(
+            f"{path}: its record is damaged: {error}", hint="replay the file as it was written"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The record as it stands in the file. Raises ReplayError."""
+    try:
+        with Image.open(path) as opened:
+            text = opened.info.get(KEYWORD)
+    except FileNotFoundError:
+        raise ReplayError(f"{path}: no such file", hint="name a PNG that 'sdedit edit' wrote") from None
+    except Exception as error:  # Pillow raises many kinds for a broken file
+        raise ReplayError(f"{path}: not a picture: {error}", hint="name a PNG that 'sdedit edit' wrote") from error
+    try:
+        fields = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ReplayError(
+            f"{path}: carries no record", hint="only PNGs written by 'sdedit edit', unchanged, can be replayed"
+        )
+    return fields
+
+
+def require_same(what: str, recorded: str | None, found: str | None) -> None:
+    """Raise ReplayError unless two SHA-256 agree."""
+    if recorded != found:
+        have = "none was given" if found is None else f"this one has {found[:12]}…"
+        want = (
+            f"the record wants a {what} without a file"
+            if recorded is None
+            else f"the record wants SHA-256 {recorded[:12]}…"
+        )
+        raise ReplayError(f"the {what} is not the one recorded: {want}, {have}", hint=f"give the same {what} file")

@@ -1,0 +1,167 @@
+"""Schedule and sampler become data: the step table.
+
+A sampler is N rows of coefficients; every executor runs the same update with them,
+
+    x' = a·x + b·D + d·(D - D_prev) + c·z,        D = D(x; σ),   z ~ N(0, I).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdedit.errors import OptionError
+from sdedit.sde import Floats, Sde
+
+COLUMNS = ("sigma", "a", "b", "c", "d", "sigma_next")
+TABLE_VERSION = 1
+DEFAULT_ETA = {"ddim": 0.0, "dpmpp-2m-sde": 1.0}  # the samplers that take η
+SAMPLERS = ("em", "ancestral", "ddim", "dpmpp-2m-sde", "er-sde")
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """The coefficients of N denoising steps, columns as in COLUMNS.
+
+    rows: (N, 6) float64, one table for every image; or (B, N, 6), one for each image of a batch.
+    Executors use them in the precision of x (float32 in production).
+    """
+
+    rows: Floats
+    version: int = TABLE_VERSION
+
+    def __post_init__(self) -> None:
+        if self.rows.ndim not in (2, 3) or self.rows.shape[-1] != len(COLUMNS) or self.rows.shape[-2] == 0:
+            raise OptionError(
+                f"step table has shape {self.rows.shape}; wanted (N, {len(COLUMNS)}) or (B, N, {len(COLUMNS)})",
+                hint="make tables with sdedit.plan",
+            )
+
+    @property
+    def steps(self) -> int:
+        return int(self.rows.shape[-2])
+
+    def column(self, name: str) -> Floats:
+        """One column: (N,) or (B, N)."""
+        return self.rows[..., COLUMNS.index(name)]
+
+    @staticmethod
+    def stack(tables: Sequence["StepTable"]) -> "StepTable":
+        """One table per image. All must have the same number of steps."""
+        if len({table.rows.shape for table in tables}) != 1 or tables[0].rows.ndim != 2:
+            raise OptionError(
+                f"cannot stack step tables of shapes {[table.rows.shape for table in tables]}",
+                hint="images that share a batch need the same number of steps",
+            )
+        return StepTable(np.stack([table.rows for table in tables]))
+
+
+def plan(
+    sde: Sde, *, t0: float = 0.5, steps: int = 50, sampler: str = "ancestral", eta: float | None = None
+) -> StepTable:
+    """The step table from t0 down to 0 in `steps` steps, uniform in t.
+
+    t0 in (0, 1]: where the guide enters. eta: the share of fresh noise, for `ddim` (default 0, at most 1)
+    and `dpmpp-2m-sde` (default 1). Raises OptionError.
+    """
+    if isinstance(t0, bool) or not isinstance(t0, int | float) or not 0 < t0 <= 1:
+        raise OptionError(f"t0 is {t0}; wanted a number in (0, 1]", hint="0.3 stays faithful, 0.6 gets realistic")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise OptionError(f"steps is {steps}; wanted a whole number, at least 1", hint="50 is a good start")
+    eta = resolve_eta(sampler, eta)
+    sigmas = sde.sigma(t0 * np.arange(steps, -1, -1) / steps)
+    if not np.isfinite(sigmas[0]):
+        largest = float(sde.time(np.inf))
+        raise OptionError(
+            f"t0 is {t0}, where this model's schedule has no signal left (σ is infinite)",
+            hint=f"use t0 <= {largest:g}",
+        )
+    if not np.all(np.diff(sigmas) < 0):
+        raise OptionError(
+            f"{steps} steps from t0 {t0} are too close together for this schedule",
+            hint="use fewer steps or a larger t0",
+        )
+    return StepTable(np.array(_rows(sampler, sde.variance_preserving, eta or 0.0, sigmas)))
+
+
+def resolve_eta(sampler: str, eta: float | None) -> float | None:
+    """η as the sampler uses it, None for a sampler without one. Raises OptionError."""
+    if sampler not in SAMPLERS:
+        raise OptionError(f"unknown sampler {sampler!r}", hint=f"choose one of {', '.join(SAMPLERS)}")
+    if eta is None:
+        return DEFAULT_ETA.get(sampler)
+    if sampler not in DEFAULT_ETA:
+        raise OptionError(
+            f"sampler {sampler} has no eta, and eta is {eta}", hint=f"eta goes with {' and '.join(DEFAULT_ETA)}"
+        )
+    highest = 1.0 if sampler == "ddim" else np.inf
+    if not 0 <= eta <= highest or not np.isfinite(eta):
+        wanted = "in [0, 1]" if sampler == "ddim" else "finite, at least 0"
+        raise OptionError(f"eta is {eta}; wanted {wanted}", hint="0 is deterministic, 1 is the full noise")
+    return float(eta)
+
+
+def _rows(sampler: str, variance_preserving: bool, eta: float, sigmas: Floats) -> list[tuple[float, ...]]:
+    rows: list[tuple[float, ...]] = []
+    sigma_last = None  # the level before σ: two-step methods look back at it
+    for sigma, sigma_next in pairwise(map(float, sigmas)):
+        if sigma_next == 0:
+            a, b, c, d = 0.0, 1.0, 0.0, 0.0  # the last step is x = D, without noise
+        else:
+            a, b, c, d = _coefficients(sampler, variance_preserving, eta, sigma, sigma_next, sigma_last)
+        rows.append((sigma, a, b, c, d, sigma_next))
+        sigma_last = sigma
+    return rows
+
+
+def _coefficients(
+    sampler: str, variance_preserving: bool, eta: float, sigma: float, sigma_next: float, sigma_last: float | None
+) -> tuple[float, float, float, float]:
+    """a, b, c, d of one step that ends above σ = 0. Differences of squares are factored: no cancellation."""
+    r = sigma_next / sigma
+    drop = (sigma - sigma_next) * (sigma + sigma_next)  # σ² - σ'²
+    d = 0.0
+    match sampler:
+        case "em":  # Meng et al. 2022, algorithm 1 (VE) and appendix C (VP)
+            a, b = r**2, drop / sigma**2
+            c = np.sqrt(drop * (1 + sigma_next**2) / (1 + sigma**2) if variance_preserving else drop)
+        case "ancestral":  # the exact posterior: Ho et al. 2020, eq. 7
+            a, b = r**2, drop / sigma**2
+            c = r * np.sqrt(drop)
+        case "ddim":  # Song, Meng, Ermon 2021, eq. 12 and 16
+            up = eta * r * np.sqrt(drop)
+            a = np.sqrt((sigma_next - up) * (sigma_next + up)) / sigma
+            b, c = 1 - a, up
+        case "dpmpp-2m-sde":  # Lu et al. 2022, DPM-Solver++(2M) SDE, midpoint as in k-diffusion
+            h = -np.log(r)
+            a, b = r ** (1 + eta), -np.expm1(-(1 + eta) * h)
+            c = sigma_next * np.sqrt(-np.expm1(-2 * eta * h))
+            if sigma_last is not None:
+                d = 0.5 * b * h / np.log(sigma_last / sigma)
+        case "er-sde":  # Cui et al. 2023, order 2, with their fifth noise scale function
+            a = er_phi(sigma_next) / er_phi(sigma)
+            b = 1 - a
+            c = np.sqrt((sigma_next - a * sigma) * (sigma_next + a * sigma))
+            if sigma_last is not None:
+                integral = er_integral(sigma_next, sigma)
+                d = (sigma_next - sigma + er_phi(sigma_next) * integral) / (sigma - sigma_last)
+        case _:
+            raise AssertionError(sampler)
+    return float(a), float(b), float(c), float(d)
+
+
+def er_phi(s: float) -> float:
+    """φ(s) = s (e^(s^0.3) + 10)."""
+    return float(s * (np.exp(s**0.3) + 10))
+
+
+def er_integral(low: float, high: float) -> float:
+    """∫ ds/φ(s) from low to high, in u = ln s, by Gauss-Legendre panels no wider than a quarter of u."""
+    panels = max(1, int(np.ceil(4 * np.log(high / low))))
+    edges = np.linspace(np.log(low), np.log(high), panels + 1)
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    half = np.diff(edges) / 2
+    u: NDArray[np.float64] = edges[:-1, None] + half[:, None] * (1 + nodes)
+    return float((half[:, None] * weights / (np.exp(np.exp(0.3 * u)) + 10)).sum())
