@@ -66,7 +66,8 @@ def denoise(
     levels[...] = table.column("sigma").T.reshape(table.steps, -1)
     coefficients = [_columns(table, n, x) for n in range(table.steps)]
     work, previous = np.empty_like(x), np.empty_like(x)
-    two_step = bool(np.any(table.column("d")))
+    noisy, corrected = (np.count_nonzero(np.atleast_2d(table.column(name)), axis=0) for name in ("c", "d"))
+    two_step = bool(corrected.any())
     if mask is not None and guide is not None:
         mask = np.asarray(mask, number_type)
         kept = (1 - mask) * guide
@@ -76,16 +77,16 @@ def denoise(
         denoised = denoiser(x, levels[number - 1])
         if not np.isfinite(denoised.sum()):
             raise _not_finite(denoised, number, table, repeat)
-        np.multiply(x, a, out=x)
         np.multiply(denoised, b, out=work)
-        np.add(x, work, out=x)
         if two_step:
-            if np.any(d):
-                np.subtract(denoised, previous, out=work)
-                np.multiply(work, d, out=work)
-                np.add(x, work, out=x)
+            if corrected[number - 1]:
+                np.subtract(denoised, previous, out=previous)
+                np.multiply(previous, d, out=previous)
+                np.add(work, previous, out=work)
             np.copyto(previous, denoised)
-        if np.any(c):
+        np.multiply(x, a, out=x)
+        np.add(x, work, out=x)
+        if noisy[number - 1]:
             np.multiply(noise(number, repeat, STREAM_STATE), c, out=work)
             np.add(x, work, out=x)
         if mask is not None and number < table.steps:

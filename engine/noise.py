@@ -25,13 +25,13 @@ cos and sin of 2πu2, from the integer j = w1 >> 8:
     q = (j + 2^21) >> 22 quarter turns,  i = j - (q << 22) in [-2^21, 2^21)
     θ = i·TURN_HIGH (exact);  θ = θ + i·TURN_LOW;     t = θ·θ
     s = S2;  s = s·t + S1;  s = s·t + S0;  s = s·t;  s = s·θ;  s = s + θ
-    c = C2;  c = c·t + C1;  c = c·t + C0;  c = c·t;  c = c·t;  c = c - 0.5·t;  c = c + 1
+    c = C4;  c = c·t + C3;  c = c·t + C2;  c = c·t - 0.5;  c = c·t + 1
     q mod 4 = 0: (cos, sin) = (c, s)    1: (-s, c)    2: (-c, -s)    3: (s, -c)
 z = (cos·r, sin·r).
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,25 +42,39 @@ SPECIFICATION = "philox-bm24-v1"
 STREAM_STATE = 0  # the noise of x
 STREAM_MASK = 1  # the noise of the mask composite
 
-_U64 = np.uint64
-_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], _U64)  # of counter words 0 and 2
-_KEY_BUMPS = np.array([[0xBB67AE85], [0x9E3779B9]], _U64)  # of the key's high and low word
-_WORD = _U64(0xFFFFFFFF)
+ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # of counter words 0 and 2
+_KEY_BUMPS = (0x9E3779B9, 0xBB67AE85)  # of the key's low and high word
+_WORD = 0xFFFFFFFF
 
-# Minimax polynomials: (ln(1+x) - x + x²/2)/x³ on [√½-1, √2-1]; (sin θ - θ)/θ³ and (cos θ - 1 + θ²/2)/θ⁴
+
+def _constant(value: float | np.floating[Any], dtype: type[np.generic] = np.float32) -> NDArray[Any]:
+    """A 0-d array: NumPy takes it faster than a scalar."""
+    return np.array(value, dtype)
+
+
+# Minimax polynomials: -2 (ln(1+x) - x + x²/2)/x³ on [√½-1, √2-1]; (sin θ - θ)/θ³ and (cos θ - 1 + θ²/2)/θ⁴
 # in θ² on [0, π/4].
-_LN = np.array(
-    [0.33333331, -0.2500082, 0.20001227, -0.16623357, 0.14201757, -0.13160184, 0.12761582, -0.076344974], np.float32
-)
-_SIN = np.array([-0.16666655, 0.00833216, -0.00019515282], np.float32)
-_COS = np.array([0.041666646, -0.0013887316, 2.4433157e-05], np.float32)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
-_TURN_HIGH = np.float32(6 / 2**24)  # 2π/2^24 in two parts: a 22-bit integer times the first is exact
-_TURN_LOW = np.float32((2 * np.pi - 6) / 2**24)
-_HALF_ROOT = np.int32(0x3F3504F3)  # the float32 nearest √½, as bits
+_LN = [
+    _constant(-2 * np.float32(value))
+    for value in (
+        0.33333331, -0.2500082, 0.20001227, -0.16623357, 0.14201757, -0.13160184, 0.12761582, -0.076344974,
+    )
+]  # fmt: skip
+_SIN = [_constant(value) for value in (-0.16666655, 0.00833216, -0.00019515282)]
+_COS = [_constant(value) for value in (1, -0.5, 0.041666646, -0.0013887316, 2.4433157e-05)]
+_LN2_HIGH = _constant(-2 * 0.693359375)
+_LN2_LOW = _constant(-2 * np.float32(-2.12194440e-4))
+_TURN_HIGH = _constant(6 / 2**24)  # 2π/2^24 in two parts: a 22-bit integer times the first is exact
+_TURN_LOW = _constant((2 * np.pi - 6) / 2**24)
+_ONE = _constant(1)
+_HALF_ROOT = _constant(0x3F3504F3, np.int32)  # the float32 nearest √½, as bits
+_MANTISSA = _constant(0x7FFFFF, np.int32)
+_M0, _M2 = (_constant(value, np.uint64) for value in _MULTIPLIERS)
+_LOW_WORD = _constant(_WORD, np.uint64)
+_HALF = _constant(32, np.uint64)
 
-_BLOCKS_AT_ONCE = 4096  # scratch of a few hundred KB: stays in a core's cache
+_COUNTERS_AT_ONCE = 12288  # small images: several steps at once; large ones in pieces: scratch stays in cache
 
 
 class NoiseSource(Protocol):
@@ -82,146 +96,179 @@ class Noise:
             if not 0 <= seed < 2**64:
                 raise OptionError(f"seed is {seed}; wanted a whole number in [0, 2^64)", hint="try 0")
         self._seeds = [int(seed) for seed in seeds]
-        blocks = -(-int(np.prod(shape)) // 4)
-        self._padded = np.empty((len(seeds), blocks * 4), np.float32)
-        self._out = self._padded[:, : int(np.prod(shape))].reshape(len(seeds), *shape)
-        self._chunks = [
-            (start, _Chunk(min(_BLOCKS_AT_ONCE, blocks - start))) for start in range(0, blocks, _BLOCKS_AT_ONCE)
+        self._shape = (len(seeds), *shape)
+        self._elements = int(np.prod(shape))
+        blocks = -(-self._elements // 4)
+        self._steps = max(1, _COUNTERS_AT_ONCE // blocks)  # drawn at once, ahead of their use
+        self._pieces = [
+            (start, _Generator(self._steps, np.arange(start, min(start + _COUNTERS_AT_ONCE, blocks), dtype=np.uint64)))
+            for start in range(0, blocks, _COUNTERS_AT_ONCE)
         ]
+        self._drawn: dict[int, tuple[int, int, NDArray[np.float32]]] = {}  # stream -> first step, repeat, normals
 
     def __call__(self, step: int, repeat: int, stream: int) -> NDArray[np.float32]:
-        """Standard normals (B, C, H, W) float32. The buffer is reused by the next call."""
-        for seed, row in zip(self._seeds, self._padded, strict=True):
-            for start, chunk in self._chunks:
-                chunk.fill(row[4 * start : 4 * (start + chunk.blocks)], seed, (start, step, repeat, stream))
-        if not np.shares_memory(self._out, self._padded):  # a padded last block: not a view
-            self._out[...] = self._padded[:, : self._out[0].size].reshape(self._out.shape)
-        return self._out
+        """Standard normals (B, C, H, W) float32. The buffer is reused by a later call."""
+        first, drawn_repeat, normals = self._drawn.get(stream) or (0, -1, self._buffer())
+        if drawn_repeat != repeat or not first <= step < first + self._steps:
+            first = step
+            for image, seed in enumerate(self._seeds):
+                for start, generator in self._pieces:
+                    part = normals[:, image, 4 * start : 4 * (start + generator.blocks)]
+                    generator.fill(part, seed, (step, repeat, stream))
+            self._drawn[stream] = first, repeat, normals
+        return normals[step - first, :, : self._elements].reshape(self._shape)
+
+    def _buffer(self) -> NDArray[np.float32]:
+        """(steps, images, elements rounded up to whole blocks)"""
+        return np.empty((self._steps, len(self._seeds), 4 * -(-self._elements // 4)), np.float32)
 
 
 def philox4x32(counter: Sequence[int], key: tuple[int, int]) -> tuple[int, int, int, int]:
     """One block of Philox4x32-10: counter of four words, key of two -> four words of 32 bits."""
-    chunk = _Chunk(1)
-    even, odd = chunk.words(key[0] | key[1] << 32, (counter[0], counter[1], counter[2], counter[3]))
-    words = (even[0, 0], odd[0, 0], even[1, 0], odd[1, 0])
-    return tuple(int(word) & 0xFFFFFFFF for word in words)  # type: ignore[return-value]
+    generator = _Generator(1, np.array([counter[0]], np.uint64))
+    words = generator.words(key[0] | key[1] << 32, (counter[1], counter[2], counter[3]))
+    return tuple(int(word) for word in words.ravel())  # type: ignore[return-value]
 
 
-class _Chunk:
-    """Scratch for `blocks` consecutive counters, so that drawing allocates nothing."""
+class _Generator:
+    """Scratch for some blocks of some consecutive steps of one image, so that drawing allocates nothing.
 
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
-        self._index = np.arange(blocks, dtype=_U64)
-        self._even = np.empty((2, blocks), _U64)  # counter words 0 and 2
-        self._products = [np.empty((2, blocks), _U64) for _ in range(2)]
-        self._k = np.empty((2, blocks), np.int32)
-        self._j = np.empty((2, blocks), np.int32)
-        self._i = np.empty((2, blocks), np.int32)
-        self._q = np.empty((2, blocks), np.int32)
-        self._x, self._y, self._z = (np.empty((2, blocks), np.float32) for _ in range(3))
-        self._turn = np.empty((2, 2, blocks), np.float32)
+    In the code, c0 … c3 are the counter words, 64-bit arrays whose high halves are clean only where said.
+    """
 
-    def words(self, seed: int, counter: tuple[int, int, int, int]) -> tuple[NDArray[_U64], NDArray[_U64]]:
-        """Words (0, 2) and words (1, 3) of the blocks from counter[0] on; the latter with dirty high halves."""
-        even, product, spare = self._even, *self._products
-        np.add(self._index, _U64(counter[0]), out=even[0])
-        even[1] = counter[2]
-        odd = np.array([[counter[1]], [counter[3]]], _U64)
-        key = np.array([[seed & 0xFFFFFFFF], [seed >> 32]], _U64)
-        for _ in range(10):
-            np.multiply(even, _MULTIPLIERS, out=product)
-            crossed = product[::-1]  # word 0 takes word 2's product, and the reverse
-            np.right_shift(crossed, _U64(32), out=even)
-            np.bitwise_xor(even, odd, out=even)
-            np.bitwise_xor(even, key, out=even)
-            np.bitwise_and(even, _WORD, out=even)
-            odd = crossed
-            product, spare = spare, product
-            key = (key + _KEY_BUMPS[::-1]) & _WORD
-        return even, odd
+    def __init__(self, steps: int, blocks: NDArray[np.uint64]) -> None:
+        self.steps, self.blocks = steps, len(blocks)
+        size = (steps, len(blocks))
+        first = blocks * _MULTIPLIERS[0]  # the first round multiplies the block index: the same for all
+        self._first_high, self._first_low = first >> np.uint64(32), first & np.uint64(_WORD)
+        self._c0, self._c2 = np.empty(size, np.uint64), np.empty(size, np.uint64)
+        self._products = [(np.empty(size, np.uint64), np.empty(size, np.uint64)) for _ in range(2)]
+        self._words = np.empty((4, *size), np.uint32)
+        self._x, self._y, self._z = (np.empty((2, *size), np.float32) for _ in range(3))
+        self._turn = np.empty((2, 2, *size), np.float32)
+        self._i = np.empty((2, *size), np.int32)
 
-    def fill(self, out: NDArray[np.float32], seed: int, counter: tuple[int, int, int, int]) -> None:
-        """Write 4·blocks standard normals to `out`."""
-        even, odd = self.words(seed, counter)
-        spare = self._products[0] if odd.base is self._products[1] else self._products[1]
-        np.right_shift(even, _U64(8), out=even)
-        np.add(even, _U64(1), out=self._k, casting="unsafe", dtype=_U64)
-        np.right_shift(odd, _U64(8), out=spare)
-        np.bitwise_and(spare, _U64(0xFFFFFF), out=self._j, casting="unsafe", dtype=_U64)
+    def words(self, seed: int, counter: tuple[int, int, int]) -> NDArray[np.uint32]:
+        """Words 0 … 3, (4, steps, blocks), of the counters (block, counter[0] + s, counter[1], counter[2])."""
+        keys = _key_schedule(seed)
+        c0, c2 = self._c0, self._c2
+        step = np.arange(counter[0], counter[0] + self.steps, dtype=np.uint64)[:, None]
+        # Round 1: words 1 to 3 are the same for every block.
+        product = counter[1] * _MULTIPLIERS[1]
+        c0_of_step = step ^ np.uint64(product >> 32 ^ keys[0][0])
+        np.bitwise_xor(self._first_high, np.uint64(counter[2] ^ keys[0][1]), out=c2[0])
+        c2[1:] = c2[0]
+        # Round 2: word 0 is the same for every block.
+        product_of_step = c0_of_step * _M0
+        p2, _ = self._products[0]
+        np.multiply(c2, _M2, out=p2)
+        np.right_shift(p2, _HALF, out=c0)
+        np.bitwise_xor(c0, np.uint64(product & _WORD ^ keys[1][0]), out=c0)
+        np.bitwise_xor(self._first_low, product_of_step >> _HALF ^ np.uint64(keys[1][1]), out=c2)
+        c1: NDArray[np.uint64] = p2
+        c3: NDArray[np.uint64] = product_of_step & _LOW_WORD
+        # Rounds 3 to 10; the last leaves its words to be cut to 32 bits below.
+        for number, (key0, key1) in enumerate(keys[2:], start=3):
+            p2, p0 = self._products[number % 2]
+            np.multiply(c0, _M0, out=p0)
+            np.multiply(c2, _M2, out=p2)
+            np.right_shift(p2, _HALF, out=c0)
+            np.bitwise_xor(c0, c1, out=c0)
+            np.bitwise_xor(c0, key0, out=c0)
+            np.right_shift(p0, _HALF, out=c2)
+            np.bitwise_xor(c2, c3, out=c2)
+            np.bitwise_xor(c2, key1, out=c2)
+            if number < ROUNDS:
+                np.bitwise_and(c0, _LOW_WORD, out=c0)
+                np.bitwise_and(c2, _LOW_WORD, out=c2)
+            c1, c3 = p2, p0
+        for word, values in zip(self._words, (c0, c1, c2, c3), strict=True):
+            np.copyto(word, values, casting="unsafe")
+        return self._words
 
-        radius = self._radius()
-        q, i = self._q, self._i
-        np.add(self._j, 1 << 21, out=q)
-        np.right_shift(q, 22, out=q)
-        np.left_shift(q, 22, out=i)
-        np.subtract(self._j, i, out=i)
+    def fill(self, out: NDArray[np.float32], seed: int, counter: tuple[int, int, int]) -> None:
+        """Write standard normals to `out`, (steps, 4·blocks)."""
+        words = self.words(seed, counter)
+        np.right_shift(words, 8, out=words)
+        whole = words.view(np.int32)
+        radius = self._radius(whole[0::2])
+        turn = self._cosine_and_sine(whole[1::2])
+        target = out.reshape(self.steps, self.blocks, 2, 2).transpose(3, 2, 0, 1)
+        np.multiply(turn, radius, out=target)
 
-        angle, t = self._y, self._z
-        cosine, sine = self._turn
-        np.multiply(i, _TURN_LOW, out=t, dtype=np.float32, casting="unsafe")
-        np.multiply(i, _TURN_HIGH, out=angle, dtype=np.float32, casting="unsafe")
-        np.add(angle, t, out=angle)
-        np.multiply(angle, angle, out=t)
-        np.multiply(t, _SIN[2], out=sine)
-        np.add(sine, _SIN[1], out=sine)
-        np.multiply(sine, t, out=sine)
-        np.add(sine, _SIN[0], out=sine)
-        np.multiply(sine, t, out=sine)
-        np.multiply(sine, angle, out=sine)
-        np.add(sine, angle, out=sine)
-        np.multiply(t, _COS[2], out=cosine)
-        np.add(cosine, _COS[1], out=cosine)
-        np.multiply(cosine, t, out=cosine)
-        np.add(cosine, _COS[0], out=cosine)
-        np.multiply(cosine, t, out=cosine)
-        np.multiply(cosine, t, out=cosine)
-        np.multiply(t, np.float32(0.5), out=t)
-        np.subtract(cosine, t, out=cosine)
-        np.add(cosine, np.float32(1), out=cosine)
-
-        bits = self._turn.view(np.int32)
-        np.bitwise_xor(bits[0], bits[1], out=i)  # swap cosine and sine where q is odd
-        np.left_shift(q, 31, out=self._j)
-        np.right_shift(self._j, 31, out=self._j)
-        np.bitwise_and(i, self._j, out=i)
-        np.bitwise_xor(bits, i, out=bits)
-        np.bitwise_and(q, 2, out=i)  # the signs: sine's in quarters 2 and 3, cosine's in 1 and 2
-        np.left_shift(i, 30, out=i)
-        np.bitwise_xor(bits[1], i, out=bits[1])
-        np.add(q, 1, out=q)
-        np.bitwise_and(q, 2, out=i)
-        np.left_shift(i, 30, out=i)
-        np.bitwise_xor(bits[0], i, out=bits[0])
-        np.multiply(self._turn, radius, out=out.reshape(self.blocks, 2, 2).transpose(2, 1, 0))
-
-    def _radius(self) -> NDArray[np.float32]:
-        """sqrt(-2 ln(k·2^-24)), (2, blocks), in place of the scratch x."""
-        x, y, z, e = self._x, self._y, self._z, self._q
-        np.copyto(x, self._k, casting="unsafe")
+    def _radius(self, k: NDArray[np.int32]) -> NDArray[np.float32]:
+        """sqrt(-2 ln((k + 1)·2^-24)), (2, steps, blocks), in the scratch x. Everything is scaled by -2, exactly."""
+        x, y, z, e = self._x, self._y, self._z, self._i
+        term = self._turn[0]
+        np.add(k, 1, out=x, casting="unsafe", dtype=np.int32)
         bits = x.view(np.int32)
         np.subtract(bits, _HALF_ROOT, out=bits)
         np.right_shift(bits, 23, out=e)
-        np.bitwise_and(bits, 0x7FFFFF, out=bits)
+        np.bitwise_and(bits, _MANTISSA, out=bits)
         np.add(bits, _HALF_ROOT, out=bits)  # x = m
-        np.subtract(x, np.float32(1), out=x)
+        np.subtract(x, _ONE, out=x)
         np.multiply(x, x, out=z)
         np.multiply(x, _LN[7], out=y)
         for coefficient in _LN[6::-1]:
             np.add(y, coefficient, out=y)
             np.multiply(y, x, out=y)
         np.multiply(y, z, out=y)
-        exponent, term = self._turn
+        exponent = self._turn[1]
         np.subtract(e, 24, out=exponent, casting="unsafe", dtype=np.int32)
         np.multiply(exponent, _LN2_LOW, out=term)
         np.add(y, term, out=y)
-        np.multiply(z, np.float32(0.5), out=z)
-        np.subtract(y, z, out=y)
-        np.add(x, y, out=x)
+        np.add(y, z, out=y)
+        np.add(x, x, out=x)
+        np.subtract(y, x, out=x)
         np.multiply(exponent, _LN2_HIGH, out=term)
         np.add(x, term, out=x)
-        np.multiply(x, np.float32(-2), out=x)
         return np.sqrt(x, out=x)
+
+    def _cosine_and_sine(self, j: NDArray[np.int32]) -> NDArray[np.float32]:
+        """cos and sin of 2π j·2^-24, (2, 2, steps, blocks); overwrites j."""
+        i, angle, t = self._i, self._y, self._z
+        cosine, sine = self._turn
+        q = np.add(j, 1 << 21, out=i)
+        np.right_shift(q, 22, out=q)
+        quarter = np.left_shift(q, 22, out=t.view(np.int32))
+        np.subtract(j, quarter, out=j)  # i
+        np.copyto(angle, j, casting="unsafe")
+        np.multiply(angle, _TURN_LOW, out=t)
+        np.multiply(angle, _TURN_HIGH, out=angle)
+        np.add(angle, t, out=angle)
+        np.multiply(angle, angle, out=t)
+        np.multiply(t, _SIN[2], out=sine)
+        for coefficient in _SIN[1::-1]:
+            np.add(sine, coefficient, out=sine)
+            np.multiply(sine, t, out=sine)
+        np.multiply(sine, angle, out=sine)
+        np.add(sine, angle, out=sine)
+        np.multiply(t, _COS[4], out=cosine)
+        for coefficient in _COS[3:0:-1]:
+            np.add(cosine, coefficient, out=cosine)
+            np.multiply(cosine, t, out=cosine)
+        np.add(cosine, _ONE, out=cosine)
+
+        cosine_bits, sine_bits = self._turn.view(np.int32)
+        odd, swap = np.left_shift(q, 31, out=j), t.view(np.int32)
+        np.right_shift(odd, 31, out=odd)  # all ones where q is odd: cosine and sine change places
+        np.bitwise_xor(cosine_bits, sine_bits, out=swap)
+        np.bitwise_and(swap, odd, out=swap)
+        np.bitwise_xor(cosine_bits, swap, out=cosine_bits)
+        np.bitwise_xor(sine_bits, swap, out=sine_bits)
+        sign = np.bitwise_and(q, 2, out=swap)  # the sine is negative in quarters 2 and 3
+        np.left_shift(sign, 30, out=sign)
+        np.bitwise_xor(sine_bits, sign, out=sine_bits)
+        np.add(q, 1, out=q)  # the cosine in 1 and 2
+        np.bitwise_and(q, 2, out=sign)
+        np.left_shift(sign, 30, out=sign)
+        np.bitwise_xor(cosine_bits, sign, out=cosine_bits)
+        return self._turn
+
+
+def _key_schedule(seed: int) -> list[tuple[int, int]]:
+    low, high = seed & _WORD, seed >> 32
+    return [((low + n * _KEY_BUMPS[0]) & _WORD, (high + n * _KEY_BUMPS[1]) & _WORD) for n in range(ROUNDS)]
 
 
 def result_seed(seed: int, j: int) -> int:

@@ -17,6 +17,7 @@ from sdedit.sde import Floats, Sde
 
 COLUMNS = ("sigma", "a", "b", "c", "d", "sigma_next")
 TABLE_VERSION = 1
+MOST_STEPS = 100_000  # more is a slip of the keyboard: the paper's largest N is 1,000
 DEFAULT_ETA = {"ddim": 0.0, "dpmpp-2m-sde": 1.0}  # the samplers that take η
 SAMPLERS = ("em", "ancestral", "ddim", "dpmpp-2m-sde", "er-sde")
 
@@ -68,8 +69,8 @@ def plan(
     """
     if isinstance(t0, bool) or not isinstance(t0, int | float) or not 0 < t0 <= 1:
         raise OptionError(f"t0 is {t0}; wanted a number in (0, 1]", hint="0.3 stays faithful, 0.6 gets realistic")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise OptionError(f"steps is {steps}; wanted a whole number, at least 1", hint="50 is a good start")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+        raise OptionError(f"steps is {steps}; wanted a whole number from 1 to {MOST_STEPS}", hint="50 is a good start")
     eta = resolve_eta(sampler, eta)
     sigmas = sde.sigma(t0 * np.arange(steps, -1, -1) / steps)
     if not np.isfinite(sigmas[0]):

@@ -1,0 +1,96 @@
+"""What the engine adds to the network: time per step outside it, and the start-up of the command.
+
+python benchmarks/lean.py [--runs 15]
+
+One JSON object: conditions, medians, spread (minimum and maximum) and ratios. Runs are interleaved.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import numpy as np
+
+import sdedit
+
+
+def milliseconds(command: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    return {
+        name: round(float(value), 4)
+        for name, value in (("median", statistics.median(samples)), ("min", min(samples)), ("max", max(samples)))
+    }
+
+
+def start_up(runs: int) -> dict[str, object]:
+    """`sdedit -h` beside `import numpy`, whole processes."""
+    commands = {
+        "help_ms": [sys.executable, "-c", "from sdedit.cli.main import main; main(['-h'])"],
+        "import_numpy_ms": [sys.executable, "-c", "import numpy"],
+        "python_ms": [sys.executable, "-c", "pass"],
+    }
+    samples: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(runs + 1):
+        for name, command in commands.items():
+            samples[name].append(milliseconds(command))
+    medians = {name: summary(values[1:]) for name, values in samples.items()}  # the first run warms the disk cache
+    return {
+        **medians,
+        "help_over_import_numpy": round(medians["help_ms"]["median"] / medians["import_numpy_ms"]["median"], 3),
+    }
+
+
+def overhead(runs: int, steps: int) -> dict[str, object]:
+    """Edits with the bundled model, batch 1, `ancestral` (noise in every step): time outside the network."""
+    editor = sdedit.load()
+    guide = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    timings = [editor.edit(guide, steps=steps, seed=seed).timings for seed in range(runs + 2)][2:]
+    outside = [(t.loop_ms - t.network_ms) / t.evaluations for t in timings]
+    network = [t.network_ms / t.evaluations for t in timings]
+    return {
+        "backend": editor.backend.name,
+        "threads": editor.backend.threads,
+        "steps": steps,
+        "network_ms_per_step": summary(network),
+        "outside_ms_per_step": summary(outside),
+        "outside_share_of_step": summary([o / (o + n) for o, n in zip(outside, network, strict=True)]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the engine adds to the network.")
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=50)
+    arguments = parser.parse_args()
+    conditions = {
+        "machine": platform.machine(),
+        "system": platform.platform(terse=True),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnxruntime": version("onnxruntime"),
+        "sdedit-engine": sdedit.__version__,
+        "runs": arguments.runs,
+    }
+    results = {
+        "conditions": conditions,
+        "loop": overhead(arguments.runs, arguments.steps),
+        "start_up": start_up(arguments.runs),
+    }
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
