@@ -72,9 +72,9 @@ def plan(
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
         raise OptionError(f"steps is {steps}; wanted a whole number from 1 to {MOST_STEPS}", hint="50 is a good start")
     eta = resolve_eta(sampler, eta)
-    sigmas = sde.sigma(t0 * np.arange(steps, -1, -1) / steps)
+    sigmas = sde.sigma(t0 * (np.arange(steps, -1, -1) / steps))  # starts at t0 itself, not one rounding beside it
     if not np.isfinite(sigmas[0]):
-        largest = float(sde.time(np.inf))
+        largest = np.floor(1e6 * sde.time(np.inf)) / 1e6
         raise OptionError(
             f"t0 is {t0}, where this model's schedule has no signal left (σ is infinite)",
             hint=f"use t0 <= {largest:g}",

@@ -29,6 +29,7 @@ def write_artifact(denoiser: nn.Module, path: Path, metadata: dict[str, Any], *,
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the tracing exporter: small, static, no extra packages
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # shapes it takes as constants are constants
         torch.onnx.export(
             denoiser.eval(),
             (x, torch.ones(2)),
