@@ -155,6 +155,9 @@ def open_replay(arguments: argparse.Namespace, repeated: Any) -> tuple["Editor",
     record.require_same("guide", repeated.guide_sha256, file_sha256(arguments.guides[0]))
     record.require_same("mask", repeated.mask_sha256, file_sha256(masks[0]))
     editor = sdedit.load(arguments.model, backend=repeated.backend, threads=repeated.threads)
+    for package, version in record.versions(editor).items():
+        if (made_with := repeated.versions.get(package)) != version:
+            say(f"{package} is {version}, the record's was {made_with}: the bytes may differ")
     record.require_same("model", repeated.artifact_sha256, editor.artifact.sha256)
     return editor, asdict(repeated.options)
 
@@ -198,6 +201,7 @@ def report(editor: "Editor", result: "EditResult", paths: list[Path], load_ms: f
         "options": asdict(result.options),
         "backend": {
             "name": backend.name,
+            "provider": backend.provider,
             "precision": backend.precision,
             "threads": backend.threads,
             **backend.versions,

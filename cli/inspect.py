@@ -1,6 +1,7 @@
 """`sdedit inspect`: what an artifact says of itself, its step table, or the record in a picture."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,12 @@ def show(described: dict[str, Any]) -> None:
         "license": metadata.get("license", "-"),
         "opset": described["opset"],
     }
+    shown = {"format", "image", "sde", "defaults", *rows}
+    rows |= {name: json.dumps(value, ensure_ascii=False) for name, value in metadata.items() if name not in shown}
     for side in ("inputs", "outputs"):
         rows[side] = "  ".join(f"{t['name']} {t['dtype']} {_shape(t['shape'])}" for t in described[side])
     for name, value in rows.items():
-        print(f"  {name:<10}{value}")
+        print(f"  {name:<12}{value}")
     if table := described.get("table"):
         print(f"\n{'step':>6}" + "".join(f"{name:>13}" for name in table["columns"]))
         for number, row in enumerate(table["rows"], start=1):

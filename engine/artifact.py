@@ -6,6 +6,7 @@ dynamic. Metadata property `sdedit`: JSON, format 1. Everything is validated her
 
 import hashlib
 import json
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from typing import Any
 
 from sdedit import protobuf
 from sdedit import sde as schedules
-from sdedit.errors import ArtifactError
+from sdedit.checks import real, whole
+from sdedit.errors import ArtifactError, OptionError
+from sdedit.schedule import MOST_STEPS, SAMPLERS
 
 FORMAT = 1
 OLDEST_OPSET = 17
@@ -29,6 +32,16 @@ class ExtraInput:
 
     dtype: str
     count: int | None  # values 0 … count-1, where the artifact says so
+
+    def checked(self, name: str, value: float) -> float:
+        """`value`, if the input can take it. Raises OptionError."""
+        whole = self.dtype != "float32" or self.count is not None
+        most = (self.count or 2**31) - 1 if whole else math.inf
+        fits = math.isfinite(value) and (not whole or (0 <= value <= most and value == int(value)))
+        if not fits:
+            wanted = f"a whole number from 0 to {most}" if whole else "a finite number"
+            raise OptionError(f"{name} is {value:g}; wanted {wanted}", hint=f"--set {name}=0")
+        return value
 
 
 @dataclass(frozen=True)
@@ -147,13 +160,26 @@ def _validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Ar
             )
     if not isinstance(metadata.get("sde"), dict):
         raise ArtifactError("metadata has no 'sde' object", hint=EXPORT_HINT)
-    if not isinstance(metadata.get("defaults", {}), dict | None):
-        raise ArtifactError("defaults is not a JSON object", hint=EXPORT_HINT)
+    _check_defaults(metadata)
     extra = _extra_inputs(metadata)
     _check_tensors(model, image, extra)
     return Artifact(
         path, metadata, model.opset, model.inputs, model.outputs, size, schedules.from_metadata(metadata["sde"]), extra
     )  # fmt: skip
+
+
+def _check_defaults(metadata: Mapping[str, Any]) -> None:
+    """What the artifact recommends must be possible."""
+    defaults = metadata.get("defaults") or {}
+    if not isinstance(defaults, dict):
+        raise ArtifactError("defaults is not a JSON object", hint=EXPORT_HINT)
+    try:
+        real("defaults.t0", defaults.get("t0", 0.5), above=0, to=1, hint=EXPORT_HINT)
+        whole("defaults.steps", defaults.get("steps", 50), 1, MOST_STEPS, hint=EXPORT_HINT)
+    except OptionError as error:
+        raise ArtifactError(str(error), hint=error.hint) from None
+    if (sampler := defaults.get("sampler", "ancestral")) not in SAMPLERS:
+        raise ArtifactError(f"defaults.sampler is {sampler!r}; wanted one of {', '.join(SAMPLERS)}", hint=EXPORT_HINT)
 
 
 def _extra_inputs(metadata: Mapping[str, Any]) -> dict[str, ExtraInput]:

@@ -13,11 +13,15 @@ from PIL import Image
 from sdedit import artifact as artifacts
 from sdedit import image
 from sdedit.backends import Backend, open_backend
+from sdedit.checks import whole
 from sdedit.errors import ArtifactError, OptionError
 from sdedit.image import Picture, Pixels, Placement, Source
 from sdedit.loop import Array, Denoiser, Step, blend, denoise, perturb
-from sdedit.noise import Noise, result_seed
+from sdedit.noise import Noise, checked_seed, result_seed
 from sdedit.schedule import StepTable, plan, resolve_eta
+
+MOST = 10_000  # samples of a guide, repeats, images in a batch: more is a slip of the keyboard
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,10 @@ class EditOptions:
 
     def resolved(self, defaults: Mapping[str, Any]) -> "EditOptions":
         """With every None replaced, and checked. Raises OptionError."""
-        for name in ("samples", "repeats", "batch"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise OptionError(
-                    f"{name} is {value}; wanted a whole number, at least 1", hint=f"leave {name} out for 1"
-                )
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
-            raise OptionError(f"seed is {self.seed}; wanted a whole number in [0, 2^64)", hint="leave it out for 0")
+
+        def count(name: str) -> int:
+            return whole(name, getattr(self, name), 1, MOST, hint=f"leave {name} out for 1")
+
         sampler = self.sampler or defaults.get("sampler", "ancestral")
         return replace(
             self,
@@ -52,6 +52,11 @@ class EditOptions:
             steps=defaults.get("steps", 50) if self.steps is None else self.steps,
             sampler=sampler,
             eta=resolve_eta(sampler, self.eta),
+            seed=checked_seed(self.seed),
+            conditions=dict(self.conditions or {}),
+            samples=count("samples"),
+            repeats=count("repeats"),
+            batch=count("batch"),
         )
 
     def schedule(self) -> dict[str, Any]:
@@ -208,8 +213,8 @@ def load(model: str | Path | None = None, *, backend: str = "auto", threads: int
     threads: CPU threads of the network; None uses every core this process may.
     Raises ArtifactError, BackendUnavailable.
     """
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise OptionError(f"threads is {threads}; wanted a whole number, at least 1", hint="leave it out for all cores")
+    if threads is not None:
+        threads = whole("threads", threads, 1, MOST_THREADS, hint="leave it out for all cores")
     path = artifacts.BUNDLED if model is None else Path(model)
     if path.suffix == ".plan":
         raise ArtifactError(

@@ -54,9 +54,9 @@ class Placement:
 def read(source: Source, channels: int, role: str = "guide") -> Picture:
     """A path, a PIL image or a uint8 array (H, W, 3) or (H, W) as `channels` channels. Raises ImageError."""
     if isinstance(source, str | Path):
-        return _read_file(Path(source), channels)
+        return _read_file(Path(source), channels, role)
     if isinstance(source, Image.Image):
-        pixels, notes = _to_pixels(source, channels, f"the {role}")
+        pixels, notes = _to_pixels(source, channels, f"the {role}", role)
         return Picture(pixels, f"the {role}", None, notes)
     array = np.asarray(source)
     if (
@@ -71,7 +71,7 @@ def read(source: Source, channels: int, role: str = "guide") -> Picture:
     return read(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array), channels, role)
 
 
-def _read_file(path: Path, channels: int) -> Picture:
+def _read_file(path: Path, channels: int, role: str) -> Picture:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -87,7 +87,7 @@ def _read_file(path: Path, channels: int) -> Picture:
         with Image.open(io.BytesIO(data)) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise too_large
-            pixels, notes = _to_pixels(opened, channels, str(path))
+            pixels, notes = _to_pixels(opened, channels, str(path), role)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -101,7 +101,7 @@ def _read_file(path: Path, channels: int) -> Picture:
     return Picture(pixels, str(path), hashlib.sha256(data).hexdigest(), notes)
 
 
-def _to_pixels(image: Image.Image, channels: int, label: str) -> tuple[Pixels, tuple[str, ...]]:
+def _to_pixels(image: Image.Image, channels: int, label: str, role: str) -> tuple[Pixels, tuple[str, ...]]:
     """Any Pillow image as (H, W, channels) uint8, upright, opaque."""
     if channels not in (1, 3):
         raise ImageError(
@@ -122,6 +122,8 @@ def _to_pixels(image: Image.Image, channels: int, label: str) -> tuple[Pixels, t
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if np.asarray(image)[..., 3].min() < 255:
+            if role == "mask":
+                raise ImageError(f"{label}: has transparent parts", hint="fill them: white repaints, black keeps")
             notes.append(f"{label}: transparent parts put on white")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode == "CMYK":
@@ -175,7 +177,7 @@ def to_model(guide: Picture, placement: Placement) -> Floats:
     """The guide in the model's frame: (C, H, W) float32 in [-1, 1]. Padding repeats the edge."""
     left, top, right, bottom = placement.part
     planes = [
-        np.asarray(_resize(Image.fromarray(plane), placement.window, (right - left, bottom - top)))
+        np.asarray(_resize(Image.fromarray(plane).crop(placement.window), (right - left, bottom - top)))
         for plane in np.moveaxis(guide.pixels, 2, 0)
     ]
     margins = ((0, 0), (top, placement.frame[1] - bottom), (left, placement.frame[0] - right))
@@ -187,9 +189,7 @@ def mask_to_model(mask: Floats, placement: Placement) -> Floats:
     left, top, right, bottom = placement.part
     window = placement.window
     image = Image.fromarray(mask).crop(window)
-    for size in ((right - left, image.height), (right - left, bottom - top)):  # one axis at a time
-        smaller = size[0] * size[1] < image.width * image.height
-        image = image.resize(size, Resampling.BOX if smaller else Resampling.BILINEAR)
+    image = _resize(image, (right - left, bottom - top), Resampling.BOX, Resampling.BILINEAR)
     framed = np.zeros((1, placement.frame[1], placement.frame[0]), np.float32)
     framed[0, top:bottom, left:right] = np.clip(np.asarray(image), 0, 1)
     return framed
@@ -215,13 +215,13 @@ def to_pixels(x: NDArray[Any]) -> Pixels:
 def paste(guide: Picture, mask: Floats, x: NDArray[Any], placement: Placement) -> Pixels:
     """guide + Ω (resized x - guide) at the guide's size. Where Ω = 0 its bytes leave as they came."""
     left, top, right, bottom = placement.window
-    part = placement.part
     size = right - left, bottom - top
-    planes = [np.asarray(_resize(Image.fromarray(np.asarray(plane, np.float32)), part, size)) for plane in x]
-    edited = np.clip((np.stack(planes, axis=2) + 1) * np.float32(127.5), 0, 255)
+    planes = [Image.fromarray(np.asarray(plane, np.float32)).crop(placement.part) for plane in x]
+    edited = (np.stack([np.asarray(_resize(plane, size)) for plane in planes], axis=2) + 1) * np.float32(127.5)
     omega = mask[top:bottom, left:right, None]
     result = guide.pixels.copy()
-    result[top:bottom, left:right] = np.rint((1 - omega) * result[top:bottom, left:right] + omega * edited)
+    blended = (1 - omega) * result[top:bottom, left:right] + omega * edited
+    result[top:bottom, left:right] = np.rint(np.clip(blended, 0, 255))
     return result
 
 
@@ -230,10 +230,14 @@ def to_image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
 
 
-def _resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    """The box of `image` at `size`: Lanczos down, bicubic up, untouched where the size is the same."""
-    cropped = image.crop(box)
-    if cropped.size == size:
-        return cropped
-    smaller = size[0] * size[1] < cropped.width * cropped.height
-    return cropped.resize(size, Resampling.LANCZOS if smaller else Resampling.BICUBIC)
+def _resize(
+    image: Image.Image,
+    size: tuple[int, int],
+    down: Resampling = Resampling.LANCZOS,
+    up: Resampling = Resampling.BICUBIC,
+) -> Image.Image:
+    """`image` at (width, height), one axis at a time, each with the filter for its direction."""
+    for target in ((size[0], image.height), size):
+        smaller = target[0] * target[1] < image.width * image.height
+        image = image.resize(target, down if smaller else up)  # a copy where the size is the same
+    return image

@@ -39,12 +39,17 @@ def make(editor: Editor, result: EditResult, index: int) -> dict[str, Any]:
             "precision": editor.backend.precision,
             "threads": editor.backend.threads,
         },
-        "versions": {
-            "sdedit-engine": sdedit.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-            **editor.backend.versions,
-        },
+        "versions": versions(editor),
+    }
+
+
+def versions(editor: Editor) -> dict[str, str]:
+    """Of everything that decides a result's bytes."""
+    return {
+        "sdedit-engine": sdedit.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        **editor.backend.versions,
     }
 
 
@@ -56,7 +61,6 @@ class Record:
     backend: str
     threads: int
     artifact_sha256: str
-    artifact_name: str
     guide_sha256: str
     mask_sha256: str | None
     versions: Mapping[str, str]
@@ -81,7 +85,6 @@ def read(path: Path) -> Record:
             str(fields["backend"]["name"]),
             int(fields["backend"]["threads"]),
             str(fields["artifact"]["sha256"]),
-            str(fields["artifact"]["name"]),
             str(fields["guide"]["sha256"]),
             None if mask is None else str(mask["sha256"]),
             dict(fields["versions"]),

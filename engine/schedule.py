@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from sdedit.checks import real, whole
 from sdedit.errors import OptionError
 from sdedit.sde import Floats, Sde
 
@@ -67,10 +68,8 @@ def plan(
     t0 in (0, 1]: where the guide enters. eta: the share of fresh noise, for `ddim` (default 0, at most 1)
     and `dpmpp-2m-sde` (default 1). Raises OptionError.
     """
-    if isinstance(t0, bool) or not isinstance(t0, int | float) or not 0 < t0 <= 1:
-        raise OptionError(f"t0 is {t0}; wanted a number in (0, 1]", hint="0.3 stays faithful, 0.6 gets realistic")
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
-        raise OptionError(f"steps is {steps}; wanted a whole number from 1 to {MOST_STEPS}", hint="50 is a good start")
+    t0 = real("t0", t0, above=0, to=1, hint="0.3 stays faithful, 0.6 gets realistic")
+    steps = whole("steps", steps, 1, MOST_STEPS, hint="50 is a good start")
     eta = resolve_eta(sampler, eta)
     sigmas = sde.sigma(t0 * (np.arange(steps, -1, -1) / steps))  # starts at t0 itself, not one rounding beside it
     if not np.isfinite(sigmas[0]):

@@ -105,7 +105,7 @@ class VPDiscrete:
     def _levels(self) -> tuple[Floats, Floats]:
         """Times 0, 1/T, …, 1 and -log ᾱ there."""
         with np.errstate(divide="ignore"):
-            decay = -np.log(np.array((1.0, *self.alphas_cumprod), np.float64))
+            decay = 0.0 - np.log(np.array((1.0, *self.alphas_cumprod), np.float64))  # not -0 at ᾱ = 1
         return np.arange(len(decay)) / (len(decay) - 1), decay
 
     def sigma(self, t: ArrayLike) -> Floats:

@@ -41,6 +41,10 @@ def write_artifact(denoiser: nn.Module, path: Path, metadata: dict[str, Any], *,
             dynamo=False,
         )
     model = onnx.load_from_string(buffer.getvalue())
+    for dimension, name in zip(
+        model.graph.output[0].type.tensor_type.shape.dim[1:], ("channels", "height", "width"), strict=True
+    ):
+        dimension.dim_value = size[name]
     if half_weights:
         halve_weights(model)
     helper.set_model_props(model, {"sdedit": json.dumps(metadata)})

@@ -167,6 +167,7 @@ def test_an_edit_with_nothing_to_say_is_quiet(edit, out, capsys):
 def on_a_terminal(run, monkeypatch) -> str:
     """What run() writes to stderr when that is a pseudo-terminal."""
     main_end, terminal_end = pty.openpty()
+    os.set_blocking(main_end, False)  # reading nothing is an error, not a wait
     with open(terminal_end, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
         assert run() == 0

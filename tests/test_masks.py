@@ -255,15 +255,31 @@ def doubled(mask: np.ndarray) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize(("size", "resized"), [((2 * WIDTH, 2 * HEIGHT), halved), ((WIDTH // 2, HEIGHT // 2), doubled)])
-def test_the_mask_is_box_filtered_down_and_interpolated_up(size, resized, textured):
+def padded(mask: np.ndarray) -> np.ndarray:
+    """Kept margins left and right of a picture that is half as wide as the frame."""
+    return np.pad(mask, ((0, 0), (WIDTH // 4, WIDTH // 4)))
+
+
+@pytest.mark.parametrize(
+    ("size", "fit", "resized"),
+    [
+        ((2 * WIDTH, 2 * HEIGHT), "crop", halved),
+        ((WIDTH // 2, HEIGHT // 2), "crop", doubled),
+        ((WIDTH // 2, HEIGHT), "pad", padded),
+    ],
+    ids=["down", "up", "pad"],
+)
+def test_the_mask_is_box_filtered_down_interpolated_up_and_padded_with_kept(size, fit, resized, textured):
     path, exact = textured
     guide = np.full((size[1], size[0], 3), (30, 90, 200), np.uint8)  # constant: the guide's own filter is not asked
     mask = np.random.default_rng(5).choice(np.array([0, 255], np.uint8), size[::-1])
     editor = sdedit.load(path, backend="ort-cpu", threads=1)
     seen: list[np.ndarray] = []
     editor.edit(
-        guide, mask=mask, t0=0.6, steps=3, on_step=lambda progress: seen.append(progress.step.denoised[0].copy())
+        guide,
+        mask=mask,
+        on_step=lambda progress: seen.append(progress.step.denoised[0].copy()),
+        **{"t0": 0.6, "steps": 3, "fit": fit},
     )
     model_guide = np.broadcast_to((guide[0, 0] / 127.5 - 1)[:, None, None], (CHANNELS, HEIGHT, WIDTH))
     wanted = reference(exact, model_guide, resized(mask / 255), sdedit.plan(editor.sde, t0=0.6, steps=3), 0, 1)

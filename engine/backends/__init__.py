@@ -15,6 +15,7 @@ class Backend(Protocol):
     """One artifact, loaded. Safe to share between threads: every edit binds buffers of its own."""
 
     name: str
+    provider: str  # what executes, in its library's own words
     precision: str
     threads: int
     versions: Mapping[str, str]  # of the libraries that execute

@@ -45,7 +45,7 @@ class OrtBackend:
         import onnxruntime
 
         provider = PROVIDERS[name]
-        self.name = name
+        self.name, self.provider = name, provider
         self.precision = artifact.precision
         self.threads = usable_cores() if threads is None else threads
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
@@ -77,12 +77,7 @@ class OrtBackend:
         for name, declared in artifact.extra_inputs.items():
             if name not in conditions:
                 raise OptionError(f"the model needs a value for its input {name}", hint=f"--set {name}=0")
-            value = conditions[name]
-            if declared.count is not None and not (0 <= value < declared.count and value == int(value)):
-                raise OptionError(
-                    f"{name} is {value:g}; wanted a whole number from 0 to {declared.count - 1}", hint=f"--set {name}=0"
-                )
-            extra[name] = np.full(batch, value, declared.dtype)
+            extra[name] = np.full(batch, declared.checked(name, conditions[name]), declared.dtype)
         if unknown := set(conditions) - set(extra):
             names = ", ".join(sorted(unknown))
             known = f"it takes {', '.join(extra)}" if extra else "this model takes none"
