@@ -7,6 +7,7 @@ from typing import Any
 
 from sdedit.cli.arguments import add_json
 from sdedit.cli.exits import FAILED, OK
+from sdedit.errors import BackendUnavailable
 
 HELP = "say what is installed, which backends work, and how to fix those that do not"
 PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "onnx")
@@ -36,7 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  {'':<16}fix: {backend['fix']}")
     for warning in findings["warnings"]:
         print(f"\nwarning: {warning}")
-    return OK if works else FAILED
+    if not works:
+        first = findings["backends"][0]
+        raise BackendUnavailable(f"no backend works; {first['cause']}", hint=first["fix"])
+    return OK
 
 
 def examine() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import argparse
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +13,8 @@ if TYPE_CHECKING:
     from sdedit.editor import Editor, EditResult, Progress
 
 HELP = "edit pictures: noise each guide up to t0, denoise it back"
-REPLAYED = (
-    "t0",
-    "steps",
-    "sampler",
-    "eta",
-    "seed",
-    "samples",
-    "repeats",
-    "fit",
-    "backend",
-    "precision",
-    "threads",
-    "set",
-)
+OPTIONS = ("t0", "steps", "sampler", "eta", "seed", "samples", "repeats", "fit")  # of an edit, as they stand
+RECORDED = (*OPTIONS, "set", "backend", "precision", "threads")  # what a replay takes from the record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,22 +67,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from PIL import Image
-
     from sdedit import output, record
     from sdedit.cli.main import print_json
+    from sdedit.editor import EditOptions
 
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have a limit of our own, with a clear error
     target = Path(arguments.output)
-    count = len(arguments.guides) * (arguments.samples or 1)
-    paths = output_paths(target, count)
+    asked = EditOptions() if arguments.samples is None else EditOptions(samples=arguments.samples)
+    paths = output_paths(target, len(arguments.guides) * asked.resolved({}).samples)
     given = (*arguments.guides, *(arguments.mask or ()), arguments.replay, arguments.model)
     inputs = [Path(path) for path in given if path is not None]
     output.check(paths, force=arguments.force, inputs=inputs)
 
     began = time.perf_counter()
-    repeated = record.read(Path(arguments.replay)) if arguments.replay else None
-    editor, options = open_replay(arguments, repeated) if repeated else open_fresh(arguments)
+    editor, options = open_fresh(arguments) if arguments.replay is None else open_replay(arguments)
     load_ms = 1e3 * (time.perf_counter() - began)
     result = edit_with_progress(editor, arguments, options)
     for note in notes(editor, result):
@@ -115,7 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
 def output_paths(target: Path, count: int) -> list[Path]:
     """The files that `count` results go to. Raises OptionError."""
     if target.suffix not in (".png", ".npy"):
-        raise OptionError(f"{target}: outputs are .png or .npy", hint=f"-o {target.with_suffix('.png')}")
+        better = target.with_suffix(".png") if target.name else "OUT.png"
+        raise OptionError(f"{target}: outputs are .png or .npy", hint=f"-o {better}")
     if target.suffix == ".npy" or count <= 1:
         return [target]
     return [target.with_name(f"{target.stem}-{j:03d}.png") for j in range(count)]
@@ -125,7 +110,9 @@ def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]
     """The editor and the edit's options, from the command line."""
     import sdedit
 
-    editor = sdedit.load(arguments.model, backend=arguments.backend or "auto", threads=arguments.threads)
+    editor = sdedit.load(
+        arguments.model, backend="auto" if arguments.backend is None else arguments.backend, threads=arguments.threads
+    )
     if arguments.precision not in (None, editor.backend.precision):
         raise BackendUnavailable(
             f"precision {arguments.precision} was asked for; {editor.artifact.name} is {editor.backend.precision}",
@@ -133,19 +120,19 @@ def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]
         )
     if arguments.backend in (None, "auto"):
         say(f"backend: {editor.backend.name}, {editor.backend.precision}, {editor.backend.threads} threads")
-    given = ("t0", "steps", "sampler", "eta", "seed", "samples", "repeats", "fit")
-    options = {name: getattr(arguments, name) for name in given if getattr(arguments, name) is not None}
+    options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
     return editor, options | {"conditions": dict(arguments.set or ())}
 
 
-def open_replay(arguments: argparse.Namespace, repeated: Any) -> tuple["Editor", dict[str, Any]]:
+def open_replay(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]:
     """The editor and the options that the record names. Raises OptionError for flags that would change them."""
     from dataclasses import asdict
 
     import sdedit
     from sdedit import record
 
-    if changed := [name for name in REPLAYED if getattr(arguments, name) is not None]:
+    repeated = record.read(Path(arguments.replay))
+    if changed := [name for name in RECORDED if getattr(arguments, name) is not None]:
         raise OptionError(
             f"--replay takes its options from the record, not from --{changed[0]}", hint=f"leave --{changed[0]} out"
         )

@@ -69,7 +69,8 @@ def step_table(opened: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 def show(described: dict[str, Any]) -> None:
     metadata = described["metadata"]
     image, sde = metadata["image"], dict(metadata["sde"])
-    if isinstance(levels := sde.get("alphas_cumprod"), list):
+    if sde["kind"] == "vp-discrete":
+        levels = sde["alphas_cumprod"]
         sde["alphas_cumprod"] = f"{len(levels)} levels, {levels[0]:.6g} … {levels[-1]:.3g}"
     kind = sde.pop("kind")
     print(f"{described['path']}  {described['size_bytes'] / 1e6:.1f} MB  sha256 {described['sha256'][:16]}…")

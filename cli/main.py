@@ -3,7 +3,12 @@
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import sdedit
@@ -18,8 +23,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors as one `error:` and one `hint:` line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}\nhint: see '{self.prog} -h'", file=sys.stderr)
-        raise SystemExit(USAGE)
+        raise SystemExit(_fail(message, f"see '{self.prog} -h'", USAGE))
 
 
 def build_parser() -> Parser:
@@ -34,31 +38,71 @@ def build_parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 failed, 2 usage, 130 interrupted."""
+    debug = os.environ.get("SDEDIT_DEBUG") == "1"
     try:
-        options = build_parser().parse_args(arguments)
-        return int(COMMANDS[options.command].run(options))
+        with _process_of_our_own(debug):
+            options = build_parser().parse_args(arguments)
+            code = int(COMMANDS[options.command].run(options))
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
     except SdeditError as error:
-        if os.environ.get("SDEDIT_DEBUG") == "1":
+        if debug:
             raise
         return _fail(str(error), error.hint, USAGE if isinstance(error, OptionError) else FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted, nothing was written", "run the command again", INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # who read our answers has left
+        _drop_stdout()
         return OK
     except MemoryError:
         return _fail("out of memory", "use fewer samples at once, or a smaller picture", FAILED)
-    except Exception as error:
-        if os.environ.get("SDEDIT_DEBUG") == "1":
+    except OSError as error:
+        if debug:
             raise
-        return _fail(
-            f"unexpected {type(error).__name__}: {error}", "SDEDIT_DEBUG=1 shows where; please report it", FAILED
-        )
+        _drop_stdout()
+        return _fail(f"{error.filename or 'stdout'}: {error.strerror or error}", "check the disk and the names", FAILED)
+    except Exception as error:
+        if debug:
+            raise
+        message = f"unexpected {type(error).__name__}: {error}"
+        return _fail(message, "SDEDIT_DEBUG=1 shows where; please report it", FAILED)
+
+
+@contextmanager
+def _process_of_our_own(debug: bool) -> Iterator[None]:
+    """What a command may do and a library may not: silence other packages' warnings, print any name on any
+    terminal, and clean up when told to terminate.
+    """
+    if sys.stderr is None:  # closed by the caller
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if mine else None
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _drop_stdout() -> None:
+    """Let what is still buffered go nowhere, so that leaving the process does not fail on it."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, hint: str, code: int) -> int:
-    one_line = " ".join(message.split())
-    print(f"error: {one_line}\nhint: {hint}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}\nhint: {' '.join(hint.split())}", file=sys.stderr)
     return code
 
 

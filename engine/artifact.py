@@ -22,6 +22,7 @@ from sdedit.schedule import MOST_STEPS, SAMPLERS
 
 FORMAT = 1
 OLDEST_OPSET = 17
+MOST_PIXELS = 2**26
 EXPORT_HINT = "make an artifact with 'sdedit export'; the README's section on artifacts says what must be in it"
 BUNDLED = Path(__file__).parent / "models" / "eurosat-64.onnx"
 
@@ -106,7 +107,7 @@ def read(path: Path) -> Artifact:
         raise ArtifactError(f"{path}: an ONNX file without our metadata (property 'sdedit')", hint=EXPORT_HINT)
     try:
         metadata = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: metadata 'sdedit' is not JSON: {error}", hint=EXPORT_HINT) from error
     try:
         return _validate(path, model, size, metadata)
@@ -126,7 +127,9 @@ def _read_onnx(path: Path) -> tuple[protobuf.Model, int]:
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file", hint="without -m the bundled model is used") from None
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}", hint="check the file's permissions") from error
+        raise ArtifactError(
+            f"{path}: cannot be read: {error.strerror or error}", hint="check the file's permissions"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not an ONNX file, or a truncated one: {error}", hint=EXPORT_HINT) from error
 
@@ -158,6 +161,10 @@ def _validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Ar
                 f"image.{name} is {image[name]}; must be a multiple of {image['multiple']}",
                 hint=f"re-export with a size that is a multiple of {image['multiple']}",
             )
+    if image["height"] * image["width"] > MOST_PIXELS:
+        raise ArtifactError(
+            f"image is {image['height']} x {image['width']}; wanted at most {MOST_PIXELS} pixels", hint=EXPORT_HINT
+        )
     if not isinstance(metadata.get("sde"), dict):
         raise ArtifactError("metadata has no 'sde' object", hint=EXPORT_HINT)
     _check_defaults(metadata)
@@ -188,6 +195,8 @@ def _extra_inputs(metadata: Mapping[str, Any]) -> dict[str, ExtraInput]:
         raise ArtifactError("inputs is not a JSON object of objects", hint=EXPORT_HINT)
     extra = {}
     for name, value in declared.items():
+        if name in ("x", "sigma"):
+            raise ArtifactError(f"inputs.{name} names an input that every artifact has", hint=EXPORT_HINT)
         dtype = value.get("dtype")
         if dtype not in ("int64", "int32", "float32"):
             raise ArtifactError(f"inputs.{name}.dtype is {dtype!r}; wanted int64, int32 or float32", hint=EXPORT_HINT)

@@ -21,7 +21,7 @@ from sdedit.noise import Noise, checked_seed, result_seed
 from sdedit.schedule import StepTable, plan, resolve_eta
 
 MOST = 10_000  # samples of a guide, repeats, images in a batch: more is a slip of the keyboard
-MOST_THREADS = 1024
+MOST_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class EditOptions:
         def count(name: str) -> int:
             return whole(name, getattr(self, name), 1, MOST, hint=f"leave {name} out for 1")
 
-        sampler = self.sampler or defaults.get("sampler", "ancestral")
+        sampler = defaults.get("sampler", "ancestral") if self.sampler is None else self.sampler
         return replace(
             self,
             t0=defaults.get("t0", 0.5) if self.t0 is None else self.t0,
@@ -53,7 +53,7 @@ class EditOptions:
             sampler=sampler,
             eta=resolve_eta(sampler, self.eta),
             seed=checked_seed(self.seed),
-            conditions=dict(self.conditions or {}),
+            conditions=_conditions(self.conditions),
             samples=count("samples"),
             repeats=count("repeats"),
             batch=count("batch"),
@@ -230,6 +230,17 @@ def make_options(options: Mapping[str, Any]) -> EditOptions:
     if unknown := set(options) - set(names):
         raise OptionError(f"unknown option {', '.join(sorted(unknown))}", hint=f"options are {', '.join(names)}")
     return EditOptions(**options)
+
+
+def _conditions(given: Mapping[str, float] | None) -> dict[str, float]:
+    if given is not None and not isinstance(given, Mapping):
+        raise OptionError(f"conditions is {given!r}; wanted names and numbers", hint="conditions={'class_label': 3}")
+    for name, value in (given or {}).items():
+        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+            raise OptionError(
+                f"conditions[{name!r}] is {value!r}; wanted a number", hint="conditions={'class_label': 3}"
+            )
+    return {name: float(value) for name, value in (given or {}).items()}
 
 
 class _Timed:

@@ -24,7 +24,8 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and
 
 FITS = ("crop", "pad", "stretch", "exact")
 MAX_PIXELS = 100_000_000
-FORMATS_HINT = "PNG, JPEG, WebP, TIFF, BMP and GIF are read"
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # EPS, say, would run an interpreter
+FORMATS_HINT = "PNG, JPEG, WebP, TIFF, BMP, GIF and PPM are read"
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ def _read_file(path: Path, channels: int, role: str) -> Picture:
     except IsADirectoryError:
         raise ImageError(f"{path}: is a folder, not a picture", hint="name the picture in it") from None
     except OSError as error:
-        raise ImageError(f"{path}: cannot be read: {error.strerror}", hint="check the file's permissions") from error
+        raise ImageError(
+            f"{path}: cannot be read: {error.strerror or error}", hint="check the file's permissions"
+        ) from error
     if not data:
         raise ImageError(f"{path}: is empty (0 bytes)", hint="copy or save the picture again")
     too_large = ImageError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels", hint="scale the picture down first")
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise too_large
             pixels, notes = _to_pixels(opened, channels, str(path), role)
@@ -114,7 +117,10 @@ def _to_pixels(image: Image.Image, channels: int, label: str, role: str) -> tupl
     if image.mode in ("I", "F"):
         raise ImageError(f"{label}: has 32-bit pixels (mode {image.mode})", hint="save it with 8 or 16 bits a channel")
     notes: list[str] = []
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF raises many kinds
+        notes.append(f"{label}: its orientation cannot be read, taken as upright")
     if image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))

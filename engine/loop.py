@@ -42,6 +42,7 @@ def perturb(guide: Array, table: StepTable, noise: NoiseSource, *, repeat: int =
     return np.asarray(guide + sigma * noise(0, repeat, STREAM_STATE), guide.dtype)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a network's overflow is found and named below
 def denoise(
     denoiser: Denoiser,
     x: Array,
@@ -75,7 +76,7 @@ def denoise(
 
     for number, (a, b, c, d, sigma_next) in enumerate(coefficients, start=1):
         denoised = denoiser(x, levels[number - 1])
-        if not np.isfinite(denoised.sum()):
+        if not np.isfinite(denoised.sum()) and not np.isfinite(denoised).all():
             raise _not_finite(denoised, number, table, repeat)
         np.multiply(denoised, b, out=work)
         if two_step:

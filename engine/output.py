@@ -1,7 +1,9 @@
-"""Writing results: to a temporary file beside the target, then renamed; all of them or none."""
+"""Writing results: to a temporary folder beside the targets, then renamed; all of them or none."""
 
+import io
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,49 +33,72 @@ def png(pixels: Pixels, record: dict[str, Any]) -> Writer:
 
 def npy(x: Array) -> Writer:
     """A writer of raw float32 (B, C, H, W) as .npy."""
-    return lambda file: np.save(file, x, allow_pickle=False)
+
+    def write(file: IO[bytes]) -> None:
+        encoded = io.BytesIO()  # NumPy does not notice a full disk when it writes to a file itself
+        np.save(encoded, x, allow_pickle=False)
+        file.write(encoded.getbuffer())
+
+    return write
 
 
 def check(paths: Sequence[Path], *, force: bool, inputs: Sequence[Path]) -> None:
     """Raise OutputError before any work if a path cannot or must not be written."""
     for path in paths:
-        folder = path.parent
-        if not folder.is_dir():
-            raise OutputError(f"{folder}: no such folder", hint=f"mkdir -p '{folder}'")
-        if path.is_dir():
-            raise OutputError(f"{path}: is a folder", hint="name a file: OUT.png or OUT.npy")
-        if path.exists():
-            if any(path.samefile(given) for given in inputs if given.exists()):
-                raise OutputError(f"{path}: would overwrite an input", hint="choose another name")
-            if not force:
-                raise OutputError(f"{path}: exists already", hint="choose another name, or --force to replace it")
-        if not os.access(folder, os.W_OK):
-            raise OutputError(f"{folder}: not writable", hint="choose a folder you may write to")
+        try:
+            _check(path, force, inputs)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {reason(error)}", hint="choose another name") from error
+
+
+def _check(path: Path, force: bool, inputs: Sequence[Path]) -> None:
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: no such folder", hint=f"mkdir -p {shlex.quote(str(folder))}")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder", hint="name a file: OUT.png or OUT.npy")
+    if path.exists() and any(path.samefile(given) for given in inputs if given.exists()):
+        raise OutputError(f"{path}: would overwrite an input", hint="choose another name")
+    if os.path.lexists(path) and not force:
+        raise OutputError(f"{path}: exists already", hint="choose another name, or --force to replace it")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder}: not writable", hint="choose a folder you may write to")
 
 
 def write_all(outputs: Sequence[tuple[Path, Writer]]) -> None:
-    """Write every file, or none. Raises OutputError."""
-    partial: list[tuple[str, Path]] = []
+    """Write every file, or none and leave what was there; all go to the same folder. Raises OutputError."""
+    paths = [path for path, _ in outputs]
+    current = paths[0]
     try:
-        for path, write in outputs:
-            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-            partial.append((name, path))
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-            os.chmod(name, 0o666 & ~_umask())
-        while partial:
-            os.replace(*partial[0])
-            partial.pop(0)
+        with tempfile.TemporaryDirectory(prefix=".sdedit-", dir=current.parent) as scratch:
+            for number, (current, write) in enumerate(outputs):  # noqa: B007, named in the error
+                with open(os.path.join(scratch, f"new-{number}"), "wb") as file:
+                    write(file)
+            _exchange(paths, scratch)
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot be written: {error.strerror}", hint="check the disk and the permissions"
+            f"{current}: cannot be written: {reason(error)}", hint="check the disk and the permissions"
         ) from error
-    finally:
-        for name, _ in partial:
-            Path(name).unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _exchange(paths: Sequence[Path], scratch: str) -> None:
+    """Put the new files in place and the old ones into scratch; back again if that fails halfway."""
+    begun = []
+    try:
+        for number, path in enumerate(paths):
+            begun.append((path, os.path.join(scratch, f"old-{number}"), os.path.lexists(path)))
+            if begun[-1][2]:
+                os.rename(path, begun[-1][1])
+            os.replace(os.path.join(scratch, f"new-{number}"), path)
+    except BaseException:
+        for path, old, existed in begun:
+            if os.path.lexists(old):
+                os.rename(old, path)
+            elif not existed:
+                path.unlink(missing_ok=True)
+        raise
+
+
+def reason(error: OSError) -> str:
+    """Why, in the system's words or else the raiser's."""
+    return error.strerror or str(error)

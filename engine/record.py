@@ -14,7 +14,8 @@ import PIL
 from PIL import Image
 
 import sdedit
-from sdedit.editor import EditOptions, Editor, EditResult, make_options
+from sdedit.checks import whole
+from sdedit.editor import MOST_THREADS, EditOptions, Editor, EditResult, make_options
 from sdedit.errors import ReplayError, SdeditError
 from sdedit.noise import SPECIFICATION
 
@@ -79,17 +80,19 @@ def read(path: Path) -> Record:
             hint="use the version of sdedit-engine named in 'sdedit inspect'",
         )
     try:
-        mask = fields["mask"]
+        mask, options = fields["mask"], fields["options"]
+        if set(options) != {*RECORDED, "seed", "conditions"}:
+            raise ValueError(f"its options are {', '.join(options) or 'none'}")
         return Record(
-            make_options(fields["options"]),
+            make_options(options).resolved({}),
             str(fields["backend"]["name"]),
-            int(fields["backend"]["threads"]),
+            whole("threads", fields["backend"]["threads"], 1, MOST_THREADS, hint=""),
             str(fields["artifact"]["sha256"]),
             str(fields["guide"]["sha256"]),
             None if mask is None else str(mask["sha256"]),
             dict(fields["versions"]),
         )
-    except (KeyError, TypeError, ValueError, SdeditError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, SdeditError) as error:
         raise ReplayError(
             f"{path}: its record is damaged: {error}", hint="replay the file as it was written"
         ) from error
@@ -98,7 +101,7 @@ def read(path: Path) -> Record:
 def read_json(path: Path) -> dict[str, Any]:
     """The record as it stands in the file. Raises ReplayError."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=("PNG", "JPEG")) as opened:
             text = opened.info.get(KEYWORD)
     except FileNotFoundError:
         raise ReplayError(f"{path}: no such file", hint="name a PNG that 'sdedit edit' wrote") from None
@@ -106,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ReplayError(f"{path}: not a picture: {error}", hint="name a PNG that 'sdedit edit' wrote") from error
     try:
         fields = json.loads(text) if isinstance(text, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
         raise ReplayError(
@@ -118,10 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def require_same(what: str, recorded: str | None, found: str | None) -> None:
     """Raise ReplayError unless two SHA-256 agree."""
     if recorded != found:
+        want = "wants none" if recorded is None else f"wants SHA-256 {recorded[:12]}…"
         have = "none was given" if found is None else f"this one has {found[:12]}…"
-        want = (
-            f"the record wants a {what} without a file"
-            if recorded is None
-            else f"the record wants SHA-256 {recorded[:12]}…"
-        )
-        raise ReplayError(f"the {what} is not the one recorded: {want}, {have}", hint=f"give the same {what} file")
+        hint = f"leave --{what} out" if recorded is None else f"give the same {what} file"
+        raise ReplayError(f"the {what} is not the one recorded: the record {want}, {have}", hint=hint)

@@ -18,6 +18,7 @@ from sdedit.sde import Floats, Sde
 
 COLUMNS = ("sigma", "a", "b", "c", "d", "sigma_next")
 TABLE_VERSION = 1
+LARGEST_SIGMA = 1e30  # beyond it float32 arithmetic on x has nothing left to say
 MOST_STEPS = 100_000  # more is a slip of the keyboard: the paper's largest N is 1,000
 DEFAULT_ETA = {"ddim": 0.0, "dpmpp-2m-sde": 1.0}  # the samplers that take η
 SAMPLERS = ("em", "ancestral", "ddim", "dpmpp-2m-sde", "er-sde")
@@ -72,23 +73,27 @@ def plan(
     steps = whole("steps", steps, 1, MOST_STEPS, hint="50 is a good start")
     eta = resolve_eta(sampler, eta)
     sigmas = sde.sigma(t0 * (np.arange(steps, -1, -1) / steps))  # starts at t0 itself, not one rounding beside it
-    if not np.isfinite(sigmas[0]):
-        largest = np.floor(1e6 * sde.time(np.inf)) / 1e6
+    if not sigmas[0] <= LARGEST_SIGMA:
+        largest = np.floor(1e6 * sde.time(LARGEST_SIGMA)) / 1e6
         raise OptionError(
             f"t0 is {t0}, where this model's schedule has no signal left (σ is infinite)",
-            hint=f"use t0 <= {largest:g}",
+            hint=f"use t0 <= {largest:g}" if largest > 0 else "the schedule in the model's metadata makes no sense",
         )
+    too_close = OptionError(
+        f"{steps} steps from t0 {t0} are too close together for this schedule", hint="use fewer steps or a larger t0"
+    )
     if not np.all(np.diff(sigmas) < 0):
-        raise OptionError(
-            f"{steps} steps from t0 {t0} are too close together for this schedule",
-            hint="use fewer steps or a larger t0",
-        )
-    return StepTable(np.array(_rows(sampler, sde.variance_preserving, eta or 0.0, sigmas)))
+        raise too_close
+    with np.errstate(all="ignore"):
+        rows = np.array(_rows(sampler, sde.variance_preserving, eta or 0.0, sigmas))
+    if not np.isfinite(rows).all():
+        raise too_close
+    return StepTable(rows)
 
 
 def resolve_eta(sampler: str, eta: float | None) -> float | None:
     """η as the sampler uses it, None for a sampler without one. Raises OptionError."""
-    if sampler not in SAMPLERS:
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
         raise OptionError(f"unknown sampler {sampler!r}", hint=f"choose one of {', '.join(SAMPLERS)}")
     if eta is None:
         return DEFAULT_ETA.get(sampler)
@@ -96,11 +101,9 @@ def resolve_eta(sampler: str, eta: float | None) -> float | None:
         raise OptionError(
             f"sampler {sampler} has no eta, and eta is {eta}", hint=f"eta goes with {' and '.join(DEFAULT_ETA)}"
         )
-    highest = 1.0 if sampler == "ddim" else np.inf
-    if not 0 <= eta <= highest or not np.isfinite(eta):
-        wanted = "in [0, 1]" if sampler == "ddim" else "finite, at least 0"
-        raise OptionError(f"eta is {eta}; wanted {wanted}", hint="0 is deterministic, 1 is the full noise")
-    return float(eta)
+    if isinstance(eta, int | float | np.number) and eta == 0:
+        return 0.0
+    return real("eta", eta, above=0, to=1 if sampler == "ddim" else 1e6, hint="0 is deterministic, 1 is the full noise")
 
 
 def _rows(sampler: str, variance_preserving: bool, eta: float, sigmas: Floats) -> list[tuple[float, ...]]:

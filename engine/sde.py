@@ -4,6 +4,7 @@ Everything runs in the variance-exploding frame, x = x0 + σ z with data in [-1,
 state is √ᾱ x with σ = √((1-ᾱ)/ᾱ), so a VP schedule is one more σ(t). Every schedule has σ(0) = 0.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -48,11 +49,13 @@ class VE:
 
     def sigma(self, t: ArrayLike) -> Floats:
         t = np.asarray(t, np.float64)
-        return _zero_at_start(t, self.sigma_min * (self.sigma_max / self.sigma_min) ** t)
+        with np.errstate(all="ignore"):
+            return _zero_at_start(t, self.sigma_min * (np.float64(self.sigma_max) / self.sigma_min) ** t)
 
     def time(self, sigma: ArrayLike) -> Floats:
         above = np.maximum(np.asarray(sigma, np.float64), self.sigma_min)
-        time: Floats = np.log(above / self.sigma_min) / np.log(self.sigma_max / self.sigma_min)
+        with np.errstate(all="ignore"):
+            time: Floats = np.log(above / self.sigma_min) / (np.log(self.sigma_max) - np.log(self.sigma_min))
         return time.clip(0, 1)
 
 
@@ -74,7 +77,8 @@ class VP:
 
     def sigma(self, t: ArrayLike) -> Floats:
         t = np.asarray(t, np.float64)
-        return np.sqrt(np.expm1(self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2))
+        with np.errstate(over="ignore"):
+            return np.sqrt(np.expm1(self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2))
 
     def time(self, sigma: ArrayLike) -> Floats:
         decay = np.log1p(np.asarray(sigma, np.float64) ** 2)  # -log ᾱ
@@ -139,13 +143,20 @@ class EDM:
 
     def sigma(self, t: ArrayLike) -> Floats:
         t = np.asarray(t, np.float64)
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return _zero_at_start(t, (low + t * (high - low)) ** self.rho)
+        low, high = self._ends()
+        with np.errstate(all="ignore"):
+            return _zero_at_start(t, (low + t * (high - low)) ** self.rho)
 
     def time(self, sigma: ArrayLike) -> Floats:
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        time: Floats = (np.asarray(sigma, np.float64) ** (1 / self.rho) - low) / (high - low)
+        low, high = self._ends()
+        with np.errstate(all="ignore"):
+            time: Floats = (np.asarray(sigma, np.float64) ** (1 / self.rho) - low) / (high - low)
         return time.clip(0, 1)
+
+    def _ends(self) -> Floats:
+        """σ_min^(1/ρ) and σ_max^(1/ρ)."""
+        with np.errstate(all="ignore"):
+            return np.array((self.sigma_min, self.sigma_max), np.float64) ** (1 / np.float64(self.rho))
 
 
 def _zero_at_start(t: Floats, sigma: Floats) -> Floats:
@@ -186,7 +197,10 @@ def from_metadata(fields: Mapping[str, Any]) -> Sde:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A JSON number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 def _short(value: object) -> str:

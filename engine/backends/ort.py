@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _source(path: Path) -> str | bytes:
+    """ONNX Runtime takes names that are text; a file with another name goes in as bytes."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return path.read_bytes()
+    return str(path)
+
+
 class OrtBackend:
     """An ONNX Runtime session. `threads`: for the CPU provider; None is every core this process may use."""
 
@@ -59,7 +69,7 @@ class OrtBackend:
         if name != "ort-cpu":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            self._session = onnxruntime.InferenceSession(str(artifact.path), options, providers=[provider])
+            self._session = onnxruntime.InferenceSession(_source(artifact.path), options, providers=[provider])
         except Exception as error:  # onnxruntime raises its own kinds, and RuntimeError
             reason = str(error).splitlines()[0]
             if name == "ort-cpu":
