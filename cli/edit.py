@@ -116,7 +116,7 @@ def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]
     if arguments.precision not in (None, editor.backend.precision):
         raise BackendUnavailable(
             f"precision {arguments.precision} was asked for; {editor.artifact.name} is {editor.backend.precision}",
-            hint=f"export the model with --precision {arguments.precision}, or leave --precision out",
+            hint="name a model of that precision with -m, or leave --precision out",
         )
     if arguments.backend in (None, "auto"):
         say(f"backend: {editor.backend.name}, {editor.backend.precision}, {editor.backend.threads} threads")

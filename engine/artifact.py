@@ -23,7 +23,7 @@ from sdedit.schedule import MOST_STEPS, SAMPLERS
 FORMAT = 1
 OLDEST_OPSET = 17
 MOST_PIXELS = 2**26
-EXPORT_HINT = "make an artifact with 'sdedit export'; the README's section on artifacts says what must be in it"
+EXPORT_HINT = "the README's section 'Models' says what an artifact must be; write it again"
 BUNDLED = Path(__file__).parent / "models" / "eurosat-64.onnx"
 
 
@@ -147,7 +147,9 @@ def _validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Ar
     if version < 1:
         raise ArtifactError(f"format is {version}; wanted {FORMAT}", hint=EXPORT_HINT)
     if model.opset < OLDEST_OPSET:
-        raise ArtifactError(f"opset is {model.opset}; wanted at least {OLDEST_OPSET}", hint="re-export with opset 18")
+        raise ArtifactError(
+            f"opset is {model.opset}; wanted at least {OLDEST_OPSET}", hint="write it again with opset 18"
+        )
     image = metadata.get("image")
     if not isinstance(image, dict):
         raise ArtifactError("metadata has no 'image' object", hint=EXPORT_HINT)
@@ -159,7 +161,7 @@ def _validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Ar
         if image[name] % image.get("multiple", 1):
             raise ArtifactError(
                 f"image.{name} is {image[name]}; must be a multiple of {image['multiple']}",
-                hint=f"re-export with a size that is a multiple of {image['multiple']}",
+                hint=f"write it again with a size that is a multiple of {image['multiple']}",
             )
     if image["height"] * image["width"] > MOST_PIXELS:
         raise ArtifactError(

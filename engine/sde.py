@@ -183,7 +183,10 @@ def from_metadata(fields: Mapping[str, Any]) -> Sde:
     """The schedule that an artifact's `sde` object describes. Raises ArtifactError."""
     kind = fields.get("kind")
     if not isinstance(kind, str) or kind not in FIELDS:
-        raise ArtifactError(f"sde.kind is {kind!r}; wanted one of {', '.join(FIELDS)}", hint="re-export the model")
+        raise ArtifactError(
+            f"sde.kind is {kind!r}; wanted one of {', '.join(FIELDS)}",
+            hint="correct the sde object in the model's metadata",
+        )
     cls, names = FIELDS[kind]
     values: list[float | tuple[float, ...]] = []
     for name in names:
@@ -191,7 +194,9 @@ def from_metadata(fields: Mapping[str, Any]) -> Sde:
         many = name == "alphas_cumprod"
         if not (isinstance(value, list) and all(map(_is_number, value)) if many else _is_number(value)):
             wanted = "a list of numbers" if many else "a number"
-            raise ArtifactError(f"sde.{name} is {_short(value)}; wanted {wanted}", hint="re-export the model")
+            raise ArtifactError(
+                f"sde.{name} is {_short(value)}; wanted {wanted}", hint="correct the sde object in the model's metadata"
+            )
         values.append(tuple(map(float, value)) if isinstance(value, list) else float(fields[name]))
     return cls(*values)
 
