@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 
 import numpy as np
 
@@ -61,6 +60,7 @@ def overhead(runs: int, steps: int) -> dict[str, object]:
     return {
         "backend": editor.backend.name,
         "threads": editor.backend.threads,
+        **editor.backend.versions,
         "steps": steps,
         "network_ms_per_step": summary(network),
         "outside_ms_per_step": summary(outside),
@@ -76,11 +76,10 @@ def main() -> None:
     conditions = {
         "machine": platform.machine(),
         "system": platform.platform(terse=True),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "onnxruntime": version("onnxruntime"),
         "sdedit-engine": sdedit.__version__,
         "runs": arguments.runs,
     }

@@ -1,12 +1,12 @@
 """`sdedit doctor`: what is installed, which backends work, and what would make the others work."""
 
 import argparse
-import os
 import platform
 from typing import Any
 
 from sdedit.cli.arguments import add_json
-from sdedit.cli.exits import FAILED, OK
+from sdedit.cli.exits import OK
+from sdedit.cli.terminal import print_json
 from sdedit.errors import BackendUnavailable
 
 HELP = "say what is installed, which backends work, and how to fix those that do not"
@@ -18,13 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sdedit.cli.main import print_json
-
     findings = examine()
     works = any(backend["works"] for backend in findings["backends"])
     if arguments.json:
         print_json(findings)
-        return OK if works else FAILED
+    else:
+        show(findings)
+    if not works:
+        first = findings["backends"][0]
+        raise BackendUnavailable(f"no backend works; {first['cause']}", hint=first["fix"])
+    return OK
+
+
+def show(findings: dict[str, Any]) -> None:
     about = f"Python {findings['python']}, {findings['platform']}, {findings['cores']} cores"
     print(f"sdedit-engine {findings['version']}, {about}")
     print("\npackages")
@@ -37,16 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  {'':<16}fix: {backend['fix']}")
     for warning in findings["warnings"]:
         print(f"\nwarning: {warning}")
-    if not works:
-        first = findings["backends"][0]
-        raise BackendUnavailable(f"no backend works; {first['cause']}", hint=first["fix"])
-    return OK
 
 
 def examine() -> dict[str, Any]:
     """Everything doctor says, as JSON. A backend works when it has run the bundled model once."""
     import sdedit
     from sdedit.backends import BACKENDS
+    from sdedit.backends.ort import usable_cores
 
     packages = {name: _version(name) for name in PACKAGES}
     warnings = []
@@ -59,7 +62,7 @@ def examine() -> dict[str, Any]:
         "version": sdedit.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "packages": packages,
         "backends": [try_backend(name) for name in BACKENDS],
         "warnings": warnings,

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdedit.cli.arguments import add_json, add_model, add_schedule, condition
-from sdedit.cli.terminal import ProgressBar, say
+from sdedit.cli.exits import OK
+from sdedit.cli.terminal import ProgressBar, print_json, say
 from sdedit.errors import BackendUnavailable, OptionError
 
 if TYPE_CHECKING:
     from sdedit.editor import Editor, EditResult, Progress
 
 HELP = "edit pictures: noise each guide up to t0, denoise it back"
-OPTIONS = ("t0", "steps", "sampler", "eta", "seed", "samples", "repeats", "fit")  # of an edit, as they stand
-RECORDED = (*OPTIONS, "set", "backend", "precision", "threads")  # what a replay takes from the record
+RECORDED = ("t0", "steps", "sampler", "eta", "seed", "samples", "repeats", "fit", "set")  # a replay has its own
+PINNED = ("backend", "precision", "threads")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from sdedit import output, record
-    from sdedit.cli.main import print_json
     from sdedit.editor import EditOptions
 
     target = Path(arguments.output)
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(report(editor, result, paths, load_ms))
     else:
         print(*paths, sep="\n")
-    return 0
+    return OK
 
 
 def output_paths(target: Path, count: int) -> list[Path]:
@@ -108,7 +108,10 @@ def output_paths(target: Path, count: int) -> list[Path]:
 
 def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]:
     """The editor and the edit's options, from the command line."""
+    from dataclasses import fields
+
     import sdedit
+    from sdedit.editor import EditOptions
 
     editor = sdedit.load(
         arguments.model, backend="auto" if arguments.backend is None else arguments.backend, threads=arguments.threads
@@ -120,7 +123,7 @@ def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]
         )
     if arguments.backend in (None, "auto"):
         say(f"backend: {editor.backend.name}, {editor.backend.precision}, {editor.backend.threads} threads")
-    options = {name: getattr(arguments, name) for name in OPTIONS if getattr(arguments, name) is not None}
+    options = {f.name: v for f in fields(EditOptions) if (v := getattr(arguments, f.name, None)) is not None}
     return editor, options | {"conditions": dict(arguments.set or ())}
 
 
@@ -132,7 +135,7 @@ def open_replay(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]
     from sdedit import record
 
     repeated = record.read(Path(arguments.replay))
-    if changed := [name for name in RECORDED if getattr(arguments, name) is not None]:
+    if changed := [name for name in (*RECORDED, *PINNED) if getattr(arguments, name) is not None]:
         raise OptionError(
             f"--replay takes its options from the record, not from --{changed[0]}", hint=f"leave --{changed[0]} out"
         )
@@ -171,12 +174,12 @@ def edit_with_progress(editor: "Editor", arguments: argparse.Namespace, options:
 def notes(editor: "Editor", result: "EditResult") -> list[str]:
     """What happened to the guides on the way that the user should know."""
     said = result.notes
-    frame = editor.artifact.width, editor.artifact.height
-    for guide in dict.fromkeys((one.guide.label, one.guide.size) for one in result.results):
-        label, (width, height) = guide
-        if width < frame[0] or height < frame[1]:
-            said.append(f"{label}: {width}x{height} is smaller than the model's {frame[0]}x{frame[1]}: enlarged")
-    return said
+    for one in result.results:
+        if one.placement.enlarges:
+            width, height = one.guide.size
+            frame = f"{editor.artifact.width}x{editor.artifact.height}"
+            said.append(f"{one.guide.label}: {width}x{height} is smaller than the model's {frame}: enlarged")
+    return list(dict.fromkeys(said))
 
 
 def report(editor: "Editor", result: "EditResult", paths: list[Path], load_ms: float) -> dict[str, Any]:

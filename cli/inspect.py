@@ -3,9 +3,15 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdedit.cli.arguments import add_json, add_schedule
+from sdedit.cli.exits import OK
+from sdedit.cli.terminal import print_json
+
+if TYPE_CHECKING:
+    from sdedit.artifact import Artifact
+    from sdedit.protobuf import Tensor
 
 HELP = "show an artifact's metadata, inputs and outputs, its step table, or the record in a PNG"
 
@@ -23,13 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from sdedit import artifact, record
-    from sdedit.cli.main import print_json
 
     path = Path(arguments.file) if arguments.file else artifact.BUNDLED
-    if path.suffix == ".png":
+    if path.suffix.lower() == ".png":
         fields = record.read_json(path)
         print_json({"path": str(path), "record": fields} if arguments.json else fields)
-        return 0
+        return OK
     opened = artifact.read(path)
     described: dict[str, Any] = {
         "path": str(path),
@@ -47,14 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(described)
     else:
         show(described)
-    return 0
+    return OK
 
 
-def tensor(t: Any) -> dict[str, Any]:
+def tensor(t: "Tensor") -> dict[str, Any]:
     return {"name": t.name, "dtype": t.element, "shape": None if t.shape is None else list(t.shape)}
 
 
-def step_table(opened: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def step_table(opened: "Artifact", arguments: argparse.Namespace) -> dict[str, Any]:
     """The step table as JSON: one row a step, columns named."""
     from sdedit.editor import EditOptions
     from sdedit.schedule import COLUMNS, plan

@@ -1,15 +1,15 @@
 """`sdedit`: one parser, one place where errors become exit codes."""
 
 import argparse
-import json
 import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 import sdedit
 from sdedit.cli import doctor, edit, inspect
@@ -37,7 +37,10 @@ def build_parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 failed, 2 usage, 130 interrupted."""
+    """Run one command. Returns the exit code: 0, 1 failed, 2 usage, 130 interrupted.
+
+    argparse leaves by SystemExit, for -h with 0 and for words it does not know with 2.
+    """
     debug = os.environ.get("SDEDIT_DEBUG") == "1"
     try:
         with _process_of_our_own(debug):
@@ -46,27 +49,29 @@ def main(arguments: list[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
             return code
-    except SdeditError as error:
-        if debug:
-            raise
-        return _fail(str(error), error.hint, USAGE if isinstance(error, OptionError) else FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted, nothing was written", "run the command again", INTERRUPTED)
+        return _fail("interrupted", "run the command again", INTERRUPTED)
     except BrokenPipeError:  # who read our answers has left
         _drop_stdout()
         return OK
-    except MemoryError:
-        return _fail("out of memory", "use fewer samples at once, or a smaller picture", FAILED)
-    except OSError as error:
-        if debug:
-            raise
-        _drop_stdout()
-        return _fail(f"{error.filename or 'stdout'}: {error.strerror or error}", "check the disk and the names", FAILED)
     except Exception as error:
         if debug:
-            raise
-        message = f"unexpected {type(error).__name__}: {error}"
-        return _fail(message, "SDEDIT_DEBUG=1 shows where; please report it", FAILED)
+            traceback.print_exc()
+        return _fail(*_explain(error))
+
+
+def _explain(error: Exception) -> tuple[str, str, int]:
+    """Message, hint and exit code."""
+    match error:
+        case SdeditError():
+            return str(error), error.hint, USAGE if isinstance(error, OptionError) else FAILED
+        case MemoryError():
+            return "out of memory", "use fewer samples at once, or a smaller picture", FAILED
+        case OSError():
+            _drop_stdout()
+            message = f"{error.filename or 'stdout'}: {error.strerror or error}"
+            return message, "check the disk and the names", FAILED
+    return f"unexpected {type(error).__name__}: {error}", "SDEDIT_DEBUG=1 shows where; please report it", FAILED
 
 
 @contextmanager
@@ -88,7 +93,7 @@ def _process_of_our_own(debug: bool) -> Iterator[None]:
             yield
     finally:
         if mine:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -98,16 +103,13 @@ def _terminate(number: int, frame: object) -> NoReturn:
 def _drop_stdout() -> None:
     """Let what is still buffered go nowhere, so that leaving the process does not fail on it."""
     if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):  # it may have no file behind it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, hint: str, code: int) -> int:
     print(f"error: {' '.join(message.split())}\nhint: {' '.join(hint.split())}", file=sys.stderr)
     return code
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
 
 
 if __name__ == "__main__":

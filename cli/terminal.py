@@ -1,7 +1,14 @@
-"""Progress and notes on stderr."""
+"""Answers on stdout; progress and notes on stderr."""
 
+import json
 import sys
 import time
+from typing import Any
+
+
+def print_json(value: Any) -> None:
+    """One JSON object, the whole answer."""
+    print(json.dumps(value, indent=2))
 
 
 def say(text: str) -> None:

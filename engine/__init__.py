@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from sdedit.editor import Editor as Editor
     from sdedit.editor import EditResult as EditResult
     from sdedit.editor import Progress as Progress
+    from sdedit.editor import Result as Result
+    from sdedit.editor import Timings as Timings
     from sdedit.editor import load as load
     from sdedit.errors import ArtifactError as ArtifactError
     from sdedit.errors import BackendUnavailable as BackendUnavailable
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from sdedit.loop import denoise as denoise
     from sdedit.loop import perturb as perturb
     from sdedit.noise import Noise as Noise
+    from sdedit.noise import NoiseSource as NoiseSource
     from sdedit.schedule import SAMPLERS as SAMPLERS
     from sdedit.schedule import StepTable as StepTable
     from sdedit.schedule import plan as plan
@@ -44,11 +47,11 @@ _HOME = {
     name: module
     for module, names in {
         "artifact": "Artifact",
-        "editor": "Editor EditOptions EditResult Progress load",
+        "editor": "Editor EditOptions EditResult Progress Result Timings load",
         "errors": "ArtifactError BackendUnavailable Cancelled ImageError NetworkError OptionError OutputError "
         "ReplayError SdeditError",
         "loop": "Denoiser Step denoise perturb",
-        "noise": "Noise",
+        "noise": "Noise NoiseSource",
         "schedule": "SAMPLERS StepTable plan",
         "sde": "EDM VE VP VPDiscrete",
     }.items()
@@ -60,7 +63,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sdedit' has no attribute {name!r}")
-    return getattr(import_module(f"sdedit.{_HOME[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"sdedit.{_HOME[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:

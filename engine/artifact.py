@@ -16,9 +16,8 @@ from typing import Any
 
 from sdedit import protobuf
 from sdedit import sde as schedules
-from sdedit.checks import real, whole
 from sdedit.errors import ArtifactError, OptionError
-from sdedit.schedule import MOST_STEPS, SAMPLERS
+from sdedit.schedule import SAMPLERS, checked_steps, checked_t0
 
 FORMAT = 1
 OLDEST_OPSET = 17
@@ -75,16 +74,6 @@ class Artifact:
         return int(self.metadata["image"]["width"])
 
     @property
-    def dynamic(self) -> bool:
-        """Whether the network takes other sizes than height x width."""
-        return bool(self.metadata["image"].get("dynamic", False))
-
-    @property
-    def multiple(self) -> int:
-        """What height and width must be multiples of, where the size is dynamic."""
-        return int(self.metadata["image"].get("multiple", 1))
-
-    @property
     def precision(self) -> str:
         return str(self.metadata.get("precision", "fp32"))
 
@@ -121,11 +110,13 @@ def _read_onnx(path: Path) -> tuple[protobuf.Model, int]:
         if path.is_dir():
             raise ArtifactError(f"{path}: is a folder, not an .onnx file", hint="name the .onnx file in it")
         if size == 0:
-            raise ArtifactError(f"{path}: is empty (0 bytes)", hint="copy or export it again")
+            raise ArtifactError(f"{path}: is empty (0 bytes)", hint="copy or write it again")
         with path.open("rb") as file:  # mapped, so that the weights are never read
             return protobuf.read_model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))), size
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: no such file", hint="without -m the bundled model is used") from None
+        raise ArtifactError(
+            f"{path}: no such file", hint="check the path; leave it out for the bundled model"
+        ) from None
     except OSError as error:
         raise ArtifactError(
             f"{path}: cannot be read: {error.strerror or error}", hint="check the file's permissions"
@@ -174,7 +165,7 @@ def _validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Ar
     _check_tensors(model, image, extra)
     return Artifact(
         path, metadata, model.opset, model.inputs, model.outputs, size, schedules.from_metadata(metadata["sde"]), extra
-    )  # fmt: skip
+    )
 
 
 def _check_defaults(metadata: Mapping[str, Any]) -> None:
@@ -183,10 +174,10 @@ def _check_defaults(metadata: Mapping[str, Any]) -> None:
     if not isinstance(defaults, dict):
         raise ArtifactError("defaults is not a JSON object", hint=EXPORT_HINT)
     try:
-        real("defaults.t0", defaults.get("t0", 0.5), above=0, to=1, hint=EXPORT_HINT)
-        whole("defaults.steps", defaults.get("steps", 50), 1, MOST_STEPS, hint=EXPORT_HINT)
+        checked_t0(defaults.get("t0", 0.5), "defaults.t0")
+        checked_steps(defaults.get("steps", 50), "defaults.steps")
     except OptionError as error:
-        raise ArtifactError(str(error), hint=error.hint) from None
+        raise ArtifactError(str(error), hint=EXPORT_HINT) from None
     if (sampler := defaults.get("sampler", "ancestral")) not in SAMPLERS:
         raise ArtifactError(f"defaults.sampler is {sampler!r}; wanted one of {', '.join(SAMPLERS)}", hint=EXPORT_HINT)
 

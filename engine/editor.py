@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from PIL import Image
 from sdedit import artifact as artifacts
 from sdedit import image
 from sdedit.backends import Backend, open_backend
+from sdedit.backends.ort import MOST_THREADS
 from sdedit.checks import whole
 from sdedit.errors import ArtifactError, OptionError
 from sdedit.image import Picture, Pixels, Placement, Source
 from sdedit.loop import Array, Denoiser, Step, blend, denoise, perturb
 from sdedit.noise import Noise, checked_seed, result_seed
-from sdedit.schedule import StepTable, plan, resolve_eta
+from sdedit.schedule import StepTable, checked_steps, checked_t0, plan, resolve_eta
 
 MOST = 10_000  # samples of a guide, repeats, images in a batch: more is a slip of the keyboard
-MOST_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class EditOptions:
     samples: int = 1  # results per guide
     repeats: int = 1  # the paper's K: passes, each starting from the last one's result
     fit: str = "crop"  # one of image.FITS: how a guide of another size or aspect enters the frame
-    batch: int = 1  # images per network call
+    batch: int = 1  # images per network call; a last, smaller group is filled up
     conditions: Mapping[str, float] = field(default_factory=dict)  # values of the model's extra inputs
 
     def resolved(self, defaults: Mapping[str, Any]) -> "EditOptions":
@@ -48,8 +49,8 @@ class EditOptions:
         sampler = defaults.get("sampler", "ancestral") if self.sampler is None else self.sampler
         return replace(
             self,
-            t0=defaults.get("t0", 0.5) if self.t0 is None else self.t0,
-            steps=defaults.get("steps", 50) if self.steps is None else self.steps,
+            t0=checked_t0(defaults.get("t0", 0.5) if self.t0 is None else self.t0),
+            steps=checked_steps(defaults.get("steps", 50) if self.steps is None else self.steps),
             sampler=sampler,
             eta=resolve_eta(sampler, self.eta),
             seed=checked_seed(self.seed),
@@ -80,6 +81,7 @@ class Result:
 
     guide: Picture
     mask: Picture | None
+    placement: Placement
     seed: int
     x: Array  # (C, H, W) float32 at model size, unclipped, before pasting
     pixels: Pixels  # (H, W, C) uint8: model size, or the guide's with a mask
@@ -173,15 +175,13 @@ class Editor:
         loop_began = time.perf_counter()
         xs: list[Array] = []
         for group in groups:
-
-            def report(step: Step, group: list[_Job] = group) -> bool | None:
-                assert on_step is not None
-                return on_step(Progress(denoiser.calls, total, step, lambda x: _pixels(group, x)))
-
-            xs.extend(_run(group, chosen, table, denoiser, None if on_step is None else report))
+            report = None if on_step is None else partial(_report, on_step, denoiser, total, group)
+            xs.extend(_run(group, chosen, table, denoiser, report))
         loop_s = time.perf_counter() - loop_began
         pictures = _pixels(jobs, xs)
-        results = tuple(Result(j.guide, j.mask, j.seed, x, p) for j, x, p in zip(jobs, xs, pictures, strict=True))
+        results = tuple(
+            Result(j.guide, j.mask, j.placement, j.seed, x, p) for j, x, p in zip(jobs, xs, pictures, strict=True)
+        )
         total_s = time.perf_counter() - began
         return EditResult(results, chosen, Timings(1e3 * total_s, 1e3 * loop_s, 1e3 * denoiser.seconds, denoiser.calls))
 
@@ -240,7 +240,10 @@ def _conditions(given: Mapping[str, float] | None) -> dict[str, float]:
             raise OptionError(
                 f"conditions[{name!r}] is {value!r}; wanted a number", hint="conditions={'class_label': 3}"
             )
-    return {name: float(value) for name, value in (given or {}).items()}
+    try:
+        return {name: float(value) for name, value in (given or {}).items()}
+    except OverflowError:
+        raise OptionError("a condition is too large a number", hint="conditions={'class_label': 3}") from None
 
 
 class _Timed:
@@ -280,6 +283,12 @@ def _run(
         )
         start = blend(guide, edited, mask)
     return edited[: len(group)]
+
+
+def _report(
+    on_step: Callable[[Progress], bool | None], denoiser: _Timed, total: int, group: list[_Job], step: Step
+) -> bool | None:
+    return on_step(Progress(denoiser.calls, total, step, partial(_pixels, group)))
 
 
 def _pixels(jobs: Sequence[_Job], xs: Sequence[Array] | Array) -> list[Pixels]:

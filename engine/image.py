@@ -51,6 +51,12 @@ class Placement:
     part: Box  # in the frame
     frame: tuple[int, int]  # (width, height)
 
+    @property
+    def enlarges(self) -> bool:
+        """Whether the guide has fewer pixels than the model wants."""
+        left, top, right, bottom = self.window
+        return right - left < self.part[2] - self.part[0] or bottom - top < self.part[3] - self.part[1]
+
 
 def read(source: Source, channels: int, role: str = "guide") -> Picture:
     """A path, a PIL image or a uint8 array (H, W, 3) or (H, W) as `channels` channels. Raises ImageError."""

@@ -28,8 +28,8 @@ class Step:
 
     number: int  # 1 … steps
     steps: int
-    repeat: int
-    sigma: NDArray[np.float64]  # the level the step left: () or (B,)
+    repeat: int  # 0 … repeats - 1
+    sigma: NDArray[np.float64]  # σ at the start of the step: () or (B,)
     denoised: Array  # (B, C, H, W), the network's current estimate of the result
 
 
@@ -57,15 +57,15 @@ def denoise(
     """Algorithm 1: from x at level σ(t0) to the clean image, in the precision of x. Works in place on x.
 
     x, guide: (B, C, H, W). mask: broadcasts to it, in [0, 1], 1 = repaint; needs the guide.
-    Returns x, which holds the last D. Raises NetworkError (NaN or Inf, with the step) and Cancelled.
+    Returns x, which holds the last D. Raises NetworkError (NaN, Inf or a wrong shape, with the step), Cancelled,
+    and OptionError where table, guide and mask do not belong together.
     """
     if (mask is None) != (guide is None):
         raise OptionError("mask and guide go together in denoise()", hint="pass both or neither")
     number_type = x.dtype.type
-    batch = len(x)
-    levels = np.empty((table.steps, batch), x.dtype)
-    levels[...] = table.column("sigma").T.reshape(table.steps, -1)
     coefficients = [_columns(table, n, x) for n in range(table.steps)]
+    levels = np.empty((table.steps, len(x)), x.dtype)
+    levels[...] = table.column("sigma").T.reshape(table.steps, -1)
     work, previous = np.empty_like(x), np.empty_like(x)
     noisy, corrected = (np.count_nonzero(np.atleast_2d(table.column(name)), axis=0) for name in ("c", "d"))
     two_step = bool(corrected.any())
@@ -76,6 +76,10 @@ def denoise(
 
     for number, (a, b, c, d, sigma_next) in enumerate(coefficients, start=1):
         denoised = denoiser(x, levels[number - 1])
+        if denoised.shape != x.shape:
+            raise NetworkError(
+                f"the network returned shape {denoised.shape}; wanted {x.shape}", hint="check the model's output"
+            )
         if not np.isfinite(denoised.sum()) and not np.isfinite(denoised).all():
             raise _not_finite(denoised, number, table, repeat)
         np.multiply(denoised, b, out=work)

@@ -77,6 +77,7 @@ _LOW_WORD = _constant(_WORD, np.uint64)
 _HALF = _constant(32, np.uint64)
 
 _COUNTERS_AT_ONCE = 12288  # small images: several steps at once; large ones in pieces: scratch stays in cache
+_MOST_STEPS_AHEAD = 64
 
 
 class NoiseSource(Protocol):
@@ -98,11 +99,11 @@ class Noise:
         self._shape = (len(seeds), *shape)
         self._elements = int(np.prod(shape))
         blocks = -(-self._elements // 4)
-        self._steps = max(1, _COUNTERS_AT_ONCE // blocks)  # drawn at once, ahead of their use
+        self._steps = min(_MOST_STEPS_AHEAD, max(1, _COUNTERS_AT_ONCE // blocks))  # drawn at once, ahead of their use
         self._pieces = [
-            (start, _Generator(self._steps, np.arange(start, min(start + _COUNTERS_AT_ONCE, blocks), dtype=np.uint64)))
-            for start in range(0, blocks, _COUNTERS_AT_ONCE)
+            (start, min(_COUNTERS_AT_ONCE, blocks - start)) for start in range(0, blocks, _COUNTERS_AT_ONCE)
         ]
+        self._generators = {count: _Generator(self._steps, count) for _, count in self._pieces}  # at most two sizes
         self._drawn: dict[int, tuple[int, int, NDArray[np.float32]]] = {}  # stream -> first step, repeat, normals
 
     def __call__(self, step: int, repeat: int, stream: int) -> NDArray[np.float32]:
@@ -111,9 +112,9 @@ class Noise:
         if drawn_repeat != repeat or not first <= step < first + self._steps:
             first = step
             for image, seed in enumerate(self._seeds):
-                for start, generator in self._pieces:
-                    part = normals[:, image, 4 * start : 4 * (start + generator.blocks)]
-                    generator.fill(part, seed, (step, repeat, stream))
+                for start, count in self._pieces:
+                    part = normals[:, image, 4 * start : 4 * (start + count)]
+                    self._generators[count].fill(part, seed, (start, step, repeat, stream))
             self._drawn[stream] = first, repeat, normals
         return normals[step - first, :, : self._elements].reshape(self._shape)
 
@@ -124,22 +125,20 @@ class Noise:
 
 def philox4x32(counter: Sequence[int], key: tuple[int, int]) -> tuple[int, int, int, int]:
     """One block of Philox4x32-10: counter of four words, key of two -> four words of 32 bits."""
-    generator = _Generator(1, np.array([counter[0]], np.uint64))
-    words = generator.words(key[0] | key[1] << 32, (counter[1], counter[2], counter[3]))
+    words = _Generator(1, 1).words(key[0] | key[1] << 32, (counter[0], counter[1], counter[2], counter[3]))
     return tuple(int(word) for word in words.ravel())  # type: ignore[return-value]
 
 
 class _Generator:
-    """Scratch for some blocks of some consecutive steps of one image, so that drawing allocates nothing.
+    """Scratch for consecutive blocks of consecutive steps of one image, so that drawing allocates little.
 
     In the code, c0 … c3 are the counter words, 64-bit arrays whose high halves are clean only where said.
     """
 
-    def __init__(self, steps: int, blocks: NDArray[np.uint64]) -> None:
-        self.steps, self.blocks = steps, len(blocks)
-        size = (steps, len(blocks))
-        first = blocks * _MULTIPLIERS[0]  # the first round multiplies the block index: the same for all
-        self._first_high, self._first_low = first >> np.uint64(32), first & np.uint64(_WORD)
+    def __init__(self, steps: int, blocks: int) -> None:
+        self.steps, self.blocks = steps, blocks
+        size = (steps, blocks)
+        self._offsets = np.arange(blocks, dtype=np.uint64)
         self._c0, self._c2 = np.empty(size, np.uint64), np.empty(size, np.uint64)
         self._products = [(np.empty(size, np.uint64), np.empty(size, np.uint64)) for _ in range(2)]
         self._words = np.empty((4, *size), np.uint32)
@@ -147,15 +146,17 @@ class _Generator:
         self._turn = np.empty((2, 2, *size), np.float32)
         self._i = np.empty((2, *size), np.int32)
 
-    def words(self, seed: int, counter: tuple[int, int, int]) -> NDArray[np.uint32]:
-        """Words 0 … 3, (4, steps, blocks), of the counters (block, counter[0] + s, counter[1], counter[2])."""
+    def words(self, seed: int, counter: tuple[int, int, int, int]) -> NDArray[np.uint32]:
+        """Words 0 … 3, (4, steps, blocks), of the counters from (block, step, repeat, stream) on."""
+        block, first_step, repeat, stream = counter
         keys = _key_schedule(seed)
         c0, c2 = self._c0, self._c2
-        step = np.arange(counter[0], counter[0] + self.steps, dtype=np.uint64)[:, None]
-        # Round 1: words 1 to 3 are the same for every block.
-        product = counter[1] * _MULTIPLIERS[1]
+        step = np.arange(first_step, first_step + self.steps, dtype=np.uint64)[:, None]
+        # Round 1: words 1 to 3 are the same for every block, word 0 for every step.
+        first = (self._offsets + np.uint64(block)) * _M0
+        product = repeat * _MULTIPLIERS[1]
         c0_of_step = step ^ np.uint64(product >> 32 ^ keys[0][0])
-        np.bitwise_xor(self._first_high, np.uint64(counter[2] ^ keys[0][1]), out=c2[0])
+        np.bitwise_xor(first >> _HALF, np.uint64(stream ^ keys[0][1]), out=c2[0])
         c2[1:] = c2[0]
         # Round 2: word 0 is the same for every block.
         product_of_step = c0_of_step * _M0
@@ -163,7 +164,7 @@ class _Generator:
         np.multiply(c2, _M2, out=p2)
         np.right_shift(p2, _HALF, out=c0)
         np.bitwise_xor(c0, np.uint64(product & _WORD ^ keys[1][0]), out=c0)
-        np.bitwise_xor(self._first_low, product_of_step >> _HALF ^ np.uint64(keys[1][1]), out=c2)
+        np.bitwise_xor(first & _LOW_WORD, product_of_step >> _HALF ^ np.uint64(keys[1][1]), out=c2)
         c1: NDArray[np.uint64] = p2
         c3: NDArray[np.uint64] = product_of_step & _LOW_WORD
         # Rounds 3 to 10; the last leaves its words to be cut to 32 bits below.
@@ -185,7 +186,7 @@ class _Generator:
             np.copyto(word, values, casting="unsafe")
         return self._words
 
-    def fill(self, out: NDArray[np.float32], seed: int, counter: tuple[int, int, int]) -> None:
+    def fill(self, out: NDArray[np.float32], seed: int, counter: tuple[int, int, int, int]) -> None:
         """Write standard normals to `out`, (steps, 4·blocks)."""
         words = self.words(seed, counter)
         np.right_shift(words, 8, out=words)

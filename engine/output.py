@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +53,7 @@ def check(paths: Sequence[Path], *, force: bool, inputs: Sequence[Path]) -> None
 def _check(path: Path, force: bool, inputs: Sequence[Path]) -> None:
     folder = path.parent
     if not folder.is_dir():
-        raise OutputError(f"{folder}: no such folder", hint=f"mkdir -p {shlex.quote(str(folder))}")
+        raise OutputError(f"{folder}: no such folder", hint="make the folder first")
     if path.is_dir():
         raise OutputError(f"{path}: is a folder", hint="name a file: OUT.png or OUT.npy")
     if path.exists() and any(path.samefile(given) for given in inputs if given.exists()):
@@ -93,7 +92,7 @@ def _exchange(paths: Sequence[Path], scratch: str) -> None:
     except BaseException:
         for path, old, existed in begun:
             if os.path.lexists(old):
-                os.rename(old, path)
+                os.replace(old, path)
             elif not existed:
                 path.unlink(missing_ok=True)
         raise

@@ -25,7 +25,6 @@ class Model:
     """An ONNX file as its interface shows it."""
 
     opset: int
-    producer: str
     metadata: dict[str, str]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -36,11 +35,9 @@ ELEMENTS = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: 
 
 def read_model(data: memoryview) -> Model:
     """Raises ValueError where `data` is not a whole ONNX model."""
-    opset, producer, metadata, graph = 0, "", {}, None
+    opset, metadata, graph = 0, {}, None
     for number, value in _fields(data):
         match number, value:
-            case 2, memoryview():
-                producer = _text(value)
             case 7, memoryview():
                 graph = value
             case 8, memoryview():
@@ -61,7 +58,7 @@ def read_model(data: memoryview) -> Model:
             weights.add(next((_text(v) for n, v in _fields(value) if n == 8), ""))
         elif number in (11, 12):
             (inputs if number == 11 else outputs).append(_tensor(value))
-    return Model(opset, producer, metadata, tuple(t for t in inputs if t.name not in weights), tuple(outputs))
+    return Model(opset, metadata, tuple(t for t in inputs if t.name not in weights), tuple(outputs))
 
 
 def _tensor(data: Value) -> Tensor:

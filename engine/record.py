@@ -5,7 +5,7 @@ One JSON object in the text chunk `sdedit`. Files are named by SHA-256, never by
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ import PIL
 from PIL import Image
 
 import sdedit
+from sdedit.backends.ort import MOST_THREADS
 from sdedit.checks import whole
-from sdedit.editor import MOST_THREADS, EditOptions, Editor, EditResult, make_options
+from sdedit.editor import EditOptions, Editor, EditResult, make_options
 from sdedit.errors import ReplayError, SdeditError
 from sdedit.noise import SPECIFICATION
 
 KEYWORD = "sdedit"
 FORMAT = 1
-RECORDED = ("t0", "steps", "sampler", "eta", "repeats", "fit", "batch")
 
 
 def make(editor: Editor, result: EditResult, index: int) -> dict[str, Any]:
@@ -29,8 +29,7 @@ def make(editor: Editor, result: EditResult, index: int) -> dict[str, Any]:
     one = result.results[index]
     return {
         "format": FORMAT,
-        "options": {name: getattr(result.options, name) for name in RECORDED}
-        | {"seed": one.seed, "conditions": dict(result.options.conditions)},
+        "options": asdict(replace(result.options, seed=one.seed, samples=1)),
         "noise": SPECIFICATION,
         "artifact": {"name": editor.artifact.name, "sha256": editor.artifact.sha256},
         "guide": {"sha256": one.guide.sha256},
@@ -69,28 +68,28 @@ class Record:
 
 def read(path: Path) -> Record:
     """The record of a PNG written by `sdedit edit`. Raises ReplayError."""
-    fields = read_json(path)
-    if fields.get("format") != FORMAT:
+    found = read_json(path)
+    if found.get("format") != FORMAT:
         raise ReplayError(
-            f"{path}: its record has format {fields.get('format')!r}; wanted {FORMAT}", hint="upgrade sdedit-engine"
+            f"{path}: its record has format {found.get('format')!r}; wanted {FORMAT}", hint="upgrade sdedit-engine"
         )
-    if fields.get("noise") != SPECIFICATION:
+    if found.get("noise") != SPECIFICATION:
         raise ReplayError(
-            f"{path}: was made with noise {fields.get('noise')!r}; this engine makes {SPECIFICATION}",
+            f"{path}: was made with noise {found.get('noise')!r}; this engine makes {SPECIFICATION}",
             hint="use the version of sdedit-engine named in 'sdedit inspect'",
         )
     try:
-        mask, options = fields["mask"], fields["options"]
-        if set(options) != {*RECORDED, "seed", "conditions"}:
+        mask, options = found["mask"], found["options"]
+        if set(options) != {f.name for f in fields(EditOptions)} or options["samples"] != 1:
             raise ValueError(f"its options are {', '.join(options) or 'none'}")
         return Record(
             make_options(options).resolved({}),
-            str(fields["backend"]["name"]),
-            whole("threads", fields["backend"]["threads"], 1, MOST_THREADS, hint=""),
-            str(fields["artifact"]["sha256"]),
-            str(fields["guide"]["sha256"]),
+            str(found["backend"]["name"]),
+            whole("threads", found["backend"]["threads"], 1, MOST_THREADS, hint=""),
+            str(found["artifact"]["sha256"]),
+            str(found["guide"]["sha256"]),
             None if mask is None else str(mask["sha256"]),
-            dict(fields["versions"]),
+            dict(found["versions"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, SdeditError) as error:
         raise ReplayError(
@@ -101,21 +100,21 @@ def read(path: Path) -> Record:
 def read_json(path: Path) -> dict[str, Any]:
     """The record as it stands in the file. Raises ReplayError."""
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as opened:
+        with Image.open(path, formats=("PNG", "JPEG")) as opened:  # JPEG: to say that it has no record
             text = opened.info.get(KEYWORD)
     except FileNotFoundError:
         raise ReplayError(f"{path}: no such file", hint="name a PNG that 'sdedit edit' wrote") from None
     except Exception as error:  # Pillow raises many kinds for a broken file
         raise ReplayError(f"{path}: not a picture: {error}", hint="name a PNG that 'sdedit edit' wrote") from error
     try:
-        fields = json.loads(text) if isinstance(text, str) else None
+        found = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
+        found = None
+    if not isinstance(found, dict):
         raise ReplayError(
             f"{path}: carries no record", hint="only PNGs written by 'sdedit edit', unchanged, can be replayed"
         )
-    return fields
+    return found
 
 
 def require_same(what: str, recorded: str | None, found: str | None) -> None:

@@ -69,8 +69,7 @@ def plan(
     t0 in (0, 1]: where the guide enters. eta: the share of fresh noise, for `ddim` (default 0, at most 1)
     and `dpmpp-2m-sde` (default 1). Raises OptionError.
     """
-    t0 = real("t0", t0, above=0, to=1, hint="0.3 stays faithful, 0.6 gets realistic")
-    steps = whole("steps", steps, 1, MOST_STEPS, hint="50 is a good start")
+    t0, steps = checked_t0(t0), checked_steps(steps)
     eta = resolve_eta(sampler, eta)
     sigmas = sde.sigma(t0 * (np.arange(steps, -1, -1) / steps))  # starts at t0 itself, not one rounding beside it
     if not sigmas[0] <= LARGEST_SIGMA:
@@ -89,6 +88,16 @@ def plan(
     if not np.isfinite(rows).all():
         raise too_close
     return StepTable(rows)
+
+
+def checked_t0(t0: object, name: str = "t0") -> float:
+    """`t0` as a float in (0, 1]. Raises OptionError."""
+    return real(name, t0, above=0, to=1, hint="0.3 stays faithful, 0.6 gets realistic")
+
+
+def checked_steps(steps: object, name: str = "steps") -> int:
+    """`steps` as an int, at least 1. Raises OptionError."""
+    return whole(name, steps, 1, MOST_STEPS, hint="50 is a good start")
 
 
 def resolve_eta(sampler: str, eta: float | None) -> float | None:

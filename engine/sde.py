@@ -81,9 +81,9 @@ class VP:
             return np.sqrt(np.expm1(self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2))
 
     def time(self, sigma: ArrayLike) -> Floats:
-        decay = np.log1p(np.asarray(sigma, np.float64) ** 2)  # -log ᾱ
-        slope = self.beta_max - self.beta_min
-        return np.clip(2 * decay / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * slope * decay)), 0, 1)
+        decay = np.asarray(np.log1p(np.asarray(sigma, np.float64) ** 2))  # -log ᾱ
+        root = np.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * decay)
+        return np.clip(2 * decay / np.maximum(self.beta_min + root, np.finfo(np.float64).tiny), 0, 1)
 
 
 @dataclass(frozen=True)

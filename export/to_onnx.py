@@ -13,6 +13,8 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
+from sdedit import artifact
+
 OPSET = 18
 SMALLEST_HALVED = 1024  # elements; shorter weights stay float32
 
@@ -51,6 +53,7 @@ def write_artifact(denoiser: nn.Module, path: Path, metadata: dict[str, Any], *,
     onnx.checker.check_model(model, full_check=True)
     partial = path.with_suffix(".partial")
     onnx.save(model, partial)
+    artifact.read(partial)  # what we write, we can read
     os.replace(partial, path)
 
 
@@ -60,6 +63,8 @@ def halve_weights(model: onnx.ModelProto) -> None:
     for weight in model.graph.initializer:
         values = numpy_helper.to_array(weight)
         if values.dtype == np.float32 and values.size >= SMALLEST_HALVED:
+            if np.abs(values).max() > np.finfo(np.float16).max:
+                raise ValueError(f"{weight.name} has values beyond float16")
             name = weight.name
             weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
             casts.append(helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT))

@@ -6,8 +6,8 @@ raw network has unit variance at every noise level. Convolutions and linear maps
 last part; weights are averaged (EMA).
 
 Resumable and deterministic: what step n draws depends on the seed and n alone, so a run that was
-interrupted and started again with the same command continues as if nothing had happened. Raise
---images to train longer.
+interrupted and started again with the same command continues as if nothing had happened. Choose --images
+before starting: the fall of the learning rate is placed by it.
 """
 
 import argparse

@@ -119,7 +119,7 @@ def test_a_section_starts_with_one_command_line(section):
 
 
 def test_every_block_says_its_language():
-    assert {block.language for block in BLOCKS} <= {"python", "text", *SHELL}
+    assert {block.language for block in BLOCKS} <= {"python", "text", "json", *SHELL}
 
 
 def test_at_most_three_blocks_are_not_run():

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from sdedit.artifact import Artifact
-from sdedit.errors import BackendUnavailable
+from sdedit.errors import BackendUnavailable, OptionError
 from sdedit.loop import Denoiser
 
 BACKENDS = ("ort-cpu", "ort-cuda", "ort-tensorrt")
@@ -28,7 +28,7 @@ class Backend(Protocol):
 def open_backend(name: str, artifact: Artifact, threads: int | None) -> Backend:
     """Open `artifact` on the backend called `name`, or the best that works for "auto".
 
-    Raises BackendUnavailable; never falls back from a backend that was named.
+    Raises BackendUnavailable, OptionError for a name it does not know; never falls back from a backend that was named.
     """
     from sdedit.backends.ort import OrtBackend
 
@@ -47,7 +47,7 @@ def open_backend(name: str, artifact: Artifact, threads: int | None) -> Backend:
 def probe(name: str) -> None:
     """Raise BackendUnavailable, with the cause and the fix, unless the backend can be tried here."""
     if name not in BACKENDS:
-        raise BackendUnavailable(f"unknown backend {name!r}", hint=f"choose one of auto, {', '.join(BACKENDS)}")
+        raise OptionError(f"unknown backend {name!r}", hint=f"choose one of auto, {', '.join(BACKENDS)}")
     from sdedit.backends import ort
 
     ort.probe(name)

@@ -1,6 +1,8 @@
 """ONNX Runtime: on the CPU, and through its CUDA and TensorRT execution providers."""
 
+import contextlib
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ PROVIDERS = {
     "ort-cuda": "CUDAExecutionProvider",
     "ort-tensorrt": "TensorrtExecutionProvider",
 }
+PROVIDER_OPTIONS = {"ort-cuda": {"use_tf32": "0"}}  # float32 means float32
+MOST_THREADS = 256
 GPU_HINT = "pip uninstall onnxruntime, then pip install 'sdedit-engine[cuda]' (the two share a folder)"
 
 
@@ -35,7 +39,7 @@ def probe(name: str) -> None:
 
 
 def usable_cores() -> int:
-    """The cores this process may run on, which a container or taskset may have made fewer than the machine's."""
+    """The cores this process may run on, which a cpuset or taskset may have made fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -57,25 +61,25 @@ class OrtBackend:
         provider = PROVIDERS[name]
         self.name, self.provider = name, provider
         self.precision = artifact.precision
-        self.threads = usable_cores() if threads is None else threads
+        self.threads = min(usable_cores(), MOST_THREADS) if threads is None else threads
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
         self._artifact = artifact
         if name != "ort-cpu" and hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls(directory="")
+            with contextlib.redirect_stdout(sys.stderr):  # it prints what it cannot find
+                onnxruntime.preload_dlls(directory="")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        if name != "ort-cpu":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         try:
-            self._session = onnxruntime.InferenceSession(_source(artifact.path), options, providers=[provider])
+            chosen = [(provider, PROVIDER_OPTIONS.get(name, {}))]
+            self._session = onnxruntime.InferenceSession(_source(artifact.path), options, providers=chosen)
         except Exception as error:  # onnxruntime raises its own kinds, and RuntimeError
             reason = str(error).splitlines()[0]
             if name == "ort-cpu":
                 raise ArtifactError(
                     f"{artifact.path}: ONNX Runtime cannot load it: {reason}",
-                    hint="export it again; opset 18 to 22 is safe",
+                    hint="write it again; opset 18 to 22 is safe",
                 ) from error
             raise BackendUnavailable(f"{name}: {reason}", hint=GPU_HINT) from error
         if self._session.get_providers()[0] != provider:
@@ -92,13 +96,19 @@ class OrtBackend:
             names = ", ".join(sorted(unknown))
             known = f"it takes {', '.join(extra)}" if extra else "this model takes none"
             raise OptionError(f"the model has no input {names} to set", hint=known)
-        return _Bound(self._session, (batch, artifact.channels, artifact.height, artifact.width), extra)
+        shape = batch, artifact.channels, artifact.height, artifact.width
+        return _Bound(self._session, shape, extra, shares_memory=self.name == "ort-cpu")
 
 
 class _Bound:
-    """A session with preallocated buffers; x is bound in place, so nothing is copied but σ."""
+    """A session with preallocated buffers. On the CPU x is bound in place and nothing is copied but σ; a GPU
+    session copies an input when it is bound, so there inputs are bound anew for every call.
+    """
 
-    def __init__(self, session: Any, shape: tuple[int, int, int, int], extra: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(
+        self, session: Any, shape: tuple[int, int, int, int], extra: Mapping[str, NDArray[Any]], *, shares_memory: bool
+    ) -> None:
+        self._shares_memory = shares_memory
         self._run, self._binding = session.run_with_iobinding, session.io_binding()
         self._x: Array | None = None
         self._sigma = np.empty(shape[0], np.float32)
@@ -110,7 +120,8 @@ class _Bound:
             self._bind("input", name, values)
 
     def __call__(self, x: Array, sigma: Array) -> Array:
-        if x is not self._x:
+        self._sigma[...] = sigma
+        if x is not self._x or not self._shares_memory:
             if x.shape != self._denoised.shape or x.dtype != np.float32 or not x.flags.c_contiguous:
                 raise NetworkError(
                     f"x is {x.dtype} {x.shape}; bound for contiguous float32 {self._denoised.shape}",
@@ -118,7 +129,8 @@ class _Bound:
                 )
             self._x = x
             self._bind("input", "x", x)
-        self._sigma[...] = sigma
+        if not self._shares_memory:
+            self._bind("input", "sigma", self._sigma)
         try:
             self._run(self._binding)
         except Exception as error:  # onnxruntime raises its own kinds

@@ -1,0 +1,1 @@
+"""A package only so that the wheel carries the bundled artifact."""

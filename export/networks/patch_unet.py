@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
 class PatchUNet(nn.Module):
     """D(x; sigma): the denoised image for x (B, 3, H, W) in the variance-exploding frame.
 
-    H and W are multiples of 16 (patches of 2, three resolutions, 8 positions to attend over at 64).
+    H and W are multiples of 8 (patches of 2, halved twice); attention sees 8x8 positions at 64.
     sigma: (B,), the standard deviation of the noise in x; data in [-1, 1].
     """
 
