@@ -274,7 +274,7 @@ def _run(
     full = group + [group[-1]] * (options.batch - len(group))
     guide = np.stack([job.x for job in full])
     mask = None if full[0].omega is None else np.stack([job.omega for job in full if job.omega is not None])
-    noise = Noise([job.seed for job in full], guide.shape[1:])
+    noise = Noise([job.seed for job in full], guide.shape[1:], steps=table.steps)
     start = guide
     for repeat in range(options.repeats):
         x = perturb(start, table, noise, repeat=repeat)

@@ -77,7 +77,8 @@ _LOW_WORD = _constant(_WORD, np.uint64)
 _HALF = _constant(32, np.uint64)
 
 _COUNTERS_AT_ONCE = 12288  # small images: several steps at once; large ones in pieces: scratch stays in cache
-_MOST_STEPS_AHEAD = 64
+_MOST_AHEAD = 64  # steps
+_MOST_BYTES = 2**24
 
 
 class NoiseSource(Protocol):
@@ -91,36 +92,51 @@ class NoiseSource(Protocol):
 class Noise:
     """The specified noise of a batch: image i has key seeds[i], whatever else is in the batch.
 
-    seeds: B integers in [0, 2^64). shape: (C, H, W) of the full model frame. Not thread-safe.
+    seeds: B integers in [0, 2^64). shape: (C, H, W) of the full model frame. steps: how many the loop will
+    take, where that is known: noise is then drawn for many of them at once, which is faster than a little
+    after each run of the network, when the caches are cold. Not thread-safe.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...]) -> None:
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], *, steps: int | None = None) -> None:
         self._seeds = [checked_seed(seed) for seed in seeds]
         self._shape = (len(seeds), *shape)
         self._elements = int(np.prod(shape))
+        self._steps = steps
         blocks = -(-self._elements // 4)
-        self._steps = min(_MOST_STEPS_AHEAD, max(1, _COUNTERS_AT_ONCE // blocks))  # drawn at once, ahead of their use
+        self._padded = 4 * blocks
+        self._at_once = min(_MOST_AHEAD, max(1, _COUNTERS_AT_ONCE // blocks))
         self._pieces = [
             (start, min(_COUNTERS_AT_ONCE, blocks - start)) for start in range(0, blocks, _COUNTERS_AT_ONCE)
         ]
-        self._generators = {count: _Generator(self._steps, count) for _, count in self._pieces}  # at most two sizes
+        self._generators = {count: _Generator(self._at_once, count) for _, count in self._pieces}  # at most two sizes
         self._drawn: dict[int, tuple[int, int, NDArray[np.float32]]] = {}  # stream -> first step, repeat, normals
 
     def __call__(self, step: int, repeat: int, stream: int) -> NDArray[np.float32]:
         """Standard normals (B, C, H, W) float32. The buffer is reused by a later call."""
-        first, drawn_repeat, normals = self._drawn.get(stream) or (0, -1, self._buffer())
-        if drawn_repeat != repeat or not first <= step < first + self._steps:
-            first = step
-            for image, seed in enumerate(self._seeds):
-                for start, count in self._pieces:
-                    part = normals[:, image, 4 * start : 4 * (start + count)]
-                    self._generators[count].fill(part, seed, (start, step, repeat, stream))
-            self._drawn[stream] = first, repeat, normals
+        first, drawn_repeat, normals = self._drawn.get(stream) or (0, -1, np.empty((0, 0, 0), np.float32))
+        if drawn_repeat != repeat or not first <= step < first + len(normals):
+            first, normals = step, self._draw(step, repeat, stream, normals)
+            self._drawn[stream] = step, repeat, normals
         return normals[step - first, :, : self._elements].reshape(self._shape)
 
-    def _buffer(self) -> NDArray[np.float32]:
-        """(steps, images, elements rounded up to whole blocks)"""
-        return np.empty((self._steps, len(self._seeds), 4 * -(-self._elements // 4)), np.float32)
+    def _draw(self, step: int, repeat: int, stream: int, spare: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Normals of the steps from `step` on, (steps, images, elements rounded up to whole blocks)."""
+        size = (self._ahead(step), len(self._seeds), self._padded)
+        normals = spare if spare.shape == size else np.empty(size, np.float32)
+        for at in range(0, len(normals), self._at_once):
+            for image, seed in enumerate(self._seeds):
+                for start, count in self._pieces:
+                    part = normals[at : at + self._at_once, image, 4 * start : 4 * (start + count)]
+                    self._generators[count].fill(part, seed, (start, step + at, repeat, stream))
+        return normals
+
+    def _ahead(self, step: int) -> int:
+        """How many steps to draw from `step` on. Step 0 alone does not say that more will be wanted."""
+        if step == 0 or self._steps is None:
+            return self._at_once
+        room = _MOST_BYTES // (4 * self._padded * len(self._seeds))
+        wanted = min(self._steps - step + 1, _MOST_AHEAD, room)
+        return self._at_once * max(1, -(-wanted // self._at_once))
 
 
 def philox4x32(counter: Sequence[int], key: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -28,7 +28,7 @@ def test_it_is_a_small_64x64_rgb_artifact_with_its_licence_and_card() -> None:
     )
 
 
-@pytest.mark.parametrize(("sigma", "left"), [(0.1, 0.5), (0.3, 0.35), (1.0, 0.25)])
+@pytest.mark.parametrize(("sigma", "left"), [(0.1, 0.6), (0.3, 0.35), (1.0, 0.2)])
 def test_it_removes_most_of_the_noise_from_a_photograph(editor: sdedit.Editor, sigma: float, left: float) -> None:
     photograph = image.read(EXAMPLES / "photo.png", 3)
     clean = image.to_model(photograph, image.place(photograph, (64, 64), "exact"))[None]
@@ -40,12 +40,12 @@ def test_it_removes_most_of_the_noise_from_a_photograph(editor: sdedit.Editor, s
 def test_the_result_follows_the_colours_of_the_strokes(editor: sdedit.Editor) -> None:
     guide = Image.open(EXAMPLES / "strokes.png").convert("RGB").resize((64, 64), Image.Resampling.BOX)
     coarse_guide = np.asarray(guide.resize((4, 4), Image.Resampling.BOX), np.float64)
-    for t0, distance in ((0.3, 25), (0.5, 35)):
+    for t0, distance in ((0.3, 8), (0.5, 12)):
         (edited,) = editor.edit(EXAMPLES / "strokes.png", t0=t0).images
         coarse = np.asarray(edited.resize((4, 4), Image.Resampling.BOX), np.float64)
         assert np.abs(coarse - coarse_guide).mean() < distance
-        detail, flat = (np.abs(np.diff(np.asarray(p, np.float64), axis=0)).mean() for p in (edited, guide))
-        assert detail > 1.5 * flat  # texture where there were flat strokes
+        texture, flat = (np.asarray(p, np.float64)[6:24, 2:22].std(axis=(0, 1)).mean() for p in (edited, guide))
+        assert texture > 2 * flat  # the upper left stroke has become a wood
 
 
 def test_a_smaller_t0_stays_closer_to_the_guide(editor: sdedit.Editor) -> None:

@@ -70,8 +70,9 @@ def test_noise_is_the_same_however_it_is_cut(monkeypatch: pytest.MonkeyPatch, sh
         np.testing.assert_array_equal(cut(step, 1, 0), expected)
 
 
-def test_noise_may_be_asked_for_in_any_order() -> None:
-    source = sdedit.Noise([1], (3, 64, 64))
+@pytest.mark.parametrize("steps", [None, 1, 3, 50, 1000])
+def test_noise_may_be_asked_for_in_any_order(steps: int | None) -> None:
+    source = sdedit.Noise([1], (3, 64, 64), steps=steps)
     asked = [(3, 0, 0), (0, 0, 0), (3, 0, 1), (1, 2, 0), (3, 0, 0), (2, 0, 0), (200, 0, 1)]
     for step, repeat, stream in asked:
         alone = sdedit.Noise([1], (3, 64, 64))(step, repeat, stream)
