@@ -12,10 +12,11 @@ def whole(name: str, value: object, low: int, high: int, *, hint: str) -> int:
     raise OptionError(f"{name} is {value!r}; wanted a whole number from {low} to {high}", hint=hint)
 
 
-def real(name: str, value: object, *, above: float, to: float, hint: str) -> float:
-    """`value` as a float in (above, to]. Raises OptionError."""
-    if isinstance(value, int | np.integer) and not isinstance(value, bool) and above < value <= to:
-        return float(value)
-    if isinstance(value, float | np.floating) and above < float(value) <= to:
-        return float(value)
-    raise OptionError(f"{name} is {value!r}; wanted a number in ({above:g}, {to:g}]", hint=hint)
+def real(name: str, value: object, low: float, high: float, *, with_low: bool, hint: str) -> float:
+    """`value` as a float in (low, high], or in [low, high] with_low. Raises OptionError."""
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        inside = low < value <= high or (with_low and value == low)
+        if inside:
+            return float(value)
+    bracket = "[" if with_low else "("
+    raise OptionError(f"{name} is {value!r}; wanted a number in {bracket}{low:g}, {high:g}]", hint=hint)

@@ -17,6 +17,7 @@ from sdedit.errors import OptionError
 from sdedit.sde import Floats, Sde
 
 COLUMNS = ("sigma", "a", "b", "c", "d", "sigma_next")
+MOST_ETA = 100.0
 TABLE_VERSION = 1
 LARGEST_SIGMA = 1e30  # beyond it float32 arithmetic on x has nothing left to say
 MOST_STEPS = 100_000  # more is a slip of the keyboard: the paper's largest N is 1,000
@@ -92,7 +93,7 @@ def plan(
 
 def checked_t0(t0: object, name: str = "t0") -> float:
     """`t0` as a float in (0, 1]. Raises OptionError."""
-    return real(name, t0, above=0, to=1, hint="0.3 stays faithful, 0.6 gets realistic")
+    return real(name, t0, 0, 1, with_low=False, hint="0.3 stays faithful, 0.6 gets realistic")
 
 
 def checked_steps(steps: object, name: str = "steps") -> int:
@@ -110,9 +111,8 @@ def resolve_eta(sampler: str, eta: float | None) -> float | None:
         raise OptionError(
             f"sampler {sampler} has no eta, and eta is {eta}", hint=f"eta goes with {' and '.join(DEFAULT_ETA)}"
         )
-    if isinstance(eta, int | float | np.number) and eta == 0:
-        return 0.0
-    return real("eta", eta, above=0, to=1 if sampler == "ddim" else 1e6, hint="0 is deterministic, 1 is the full noise")
+    highest = 1.0 if sampler == "ddim" else MOST_ETA
+    return real("eta", eta, 0, highest, with_low=True, hint="0 is deterministic, 1 is the full noise")
 
 
 def _rows(sampler: str, variance_preserving: bool, eta: float, sigmas: Floats) -> list[tuple[float, ...]]:
