@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "-o", "--output", required=True, metavar="OUT",
-        help="OUT.png (several results: OUT-000.png …) or OUT.npy (the raw float32 result at model size)",
+        help="OUT.png (several results: OUT-000.png …) or OUT.npy (all results as one float32 array at model size, "
+        "before any pasting)",
     )  # fmt: skip
     add_model(parser)
     add_schedule(parser)

@@ -33,6 +33,7 @@ def build_parser() -> Parser:
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
         module.add_arguments(command)
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -44,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     debug = os.environ.get("SDEDIT_DEBUG") == "1"
     try:
         with _process_of_our_own(debug):
-            options = build_parser().parse_args(arguments)
+            options, unknown = build_parser().parse_known_args(arguments)
+            if unknown:
+                options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
             code = int(COMMANDS[options.command].run(options))
             if sys.stdout is not None:
                 sys.stdout.flush()

@@ -1,7 +1,7 @@
 """SDEdit on one page: noise the guide up to t0, then integrate the reverse SDE back (Meng et al. 2022)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ class Step:
     steps: int
     repeat: int  # 0 … repeats - 1
     sigma: NDArray[np.float64]  # σ at the start of the step: () or (B,)
-    denoised: Array  # (B, C, H, W), the network's current estimate of the result
+    denoised: Array = field(repr=False)  # (B, C, H, W), the network's current estimate of the result
 
 
 OnStep = Callable[[Step], bool | None]
