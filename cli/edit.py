@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="repeat the edit that made OUT.png, with its options, from the same guide and mask",
     )
     parser.add_argument("--force", action="store_true", help="replace existing output files")
-    add_json(parser)  # fmt: skip
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an artifact, or a PNG that 'sdedit edit' wrote (default: the bundled model)",
     )
     add_schedule(parser)
-    add_json(parser)  # fmt: skip
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
