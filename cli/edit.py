@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import add_json, add_model, add_schedule, condition
+from sdedit.cli.arguments import add_json, add_model, add_schedule, condition, size
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import ProgressBar, print_json, say
 from sdedit.errors import BackendUnavailable, OptionError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sdedit.editor import Editor, EditResult, Progress
 
 HELP = "edit pictures: noise each guide up to t0, denoise it back"
-RECORDED = ("t0", "steps", "sampler", "eta", "seed", "samples", "repeats", "fit", "set")  # a replay has its own
+RECORDED = ("t0", "steps", "sampler", "eta", "seed", "samples", "repeats", "size", "fit", "set")  # a replay has its own
 PINNED = ("backend", "precision", "threads")
 
 
@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--repeats", type=int, metavar="K", help="passes, each starting from the last one's result (default 1)"
+    )
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="WxH",
+        help="width and height, of a model exported with --dynamic (default: its own)",
     )
     parser.add_argument(
         "--fit",
@@ -178,7 +184,7 @@ def notes(editor: "Editor", result: "EditResult") -> list[str]:
     for one in result.results:
         if one.placement.enlarges:
             width, height = one.guide.size
-            frame = f"{editor.artifact.width}x{editor.artifact.height}"
+            frame = "{}x{}".format(*editor.artifact.frame(result.options.size))
             said.append(f"{one.guide.label}: {width}x{height} is smaller than the model's {frame}: enlarged")
     return list(dict.fromkeys(said))
 

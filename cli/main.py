@@ -12,11 +12,11 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import sdedit
-from sdedit.cli import doctor, edit, inspect
-from sdedit.cli.exits import FAILED, INTERRUPTED, OK, USAGE
-from sdedit.errors import OptionError, SdeditError
+from sdedit.cli import doctor, edit, export, inspect, verify
+from sdedit.cli.exits import FAILED, INTERRUPTED, OK, OUT_OF_TOLERANCE, USAGE
+from sdedit.errors import OptionError, OutOfTolerance, SdeditError
 
-COMMANDS = {"edit": edit, "inspect": inspect, "doctor": doctor}
+COMMANDS = {"edit": edit, "export": export, "verify": verify, "inspect": inspect, "doctor": doctor}
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,7 +67,8 @@ def _explain(error: Exception) -> tuple[str, str, int]:
     """Message, hint and exit code."""
     match error:
         case SdeditError():
-            return str(error), error.hint, USAGE if isinstance(error, OptionError) else FAILED
+            codes = {OptionError: USAGE, OutOfTolerance: OUT_OF_TOLERANCE}
+            return str(error), error.hint, codes.get(type(error), FAILED)
         case MemoryError():
             return "out of memory", "use fewer samples at once, or a smaller picture", FAILED
         case OSError():

@@ -21,7 +21,8 @@ class ProgressBar:
 
     WIDTH = 30
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "steps") -> None:
+        self._unit = unit
         self._shown = sys.stderr.isatty()
         self._began = self._drawn = 0.0
 
@@ -34,7 +35,7 @@ class ProgressBar:
         self._drawn = now
         filled = self.WIDTH * done // total
         rate = (done - self._first) / (now - self._began) if done > self._first else 0.0
-        left = f"  {rate:.1f} steps/s  {(total - done) / rate:.0f} s left" if rate else ""
+        left = f"  {rate:.1f} {self._unit}/s  {(total - done) / rate:.0f} s left" if rate else ""
         bar = "█" * filled + "░" * (self.WIDTH - filled)
         sys.stderr.write(f"\r{bar} {done}/{total}{left}\x1b[K")
         sys.stderr.flush()

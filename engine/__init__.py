@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sdedit.errors import ImageError as ImageError
     from sdedit.errors import NetworkError as NetworkError
     from sdedit.errors import OptionError as OptionError
+    from sdedit.errors import OutOfTolerance as OutOfTolerance
     from sdedit.errors import OutputError as OutputError
     from sdedit.errors import ReplayError as ReplayError
     from sdedit.errors import SdeditError as SdeditError
@@ -48,8 +49,8 @@ _HOME = {
     for module, names in {
         "artifact": "Artifact",
         "editor": "Editor EditOptions EditResult Progress Result Timings load",
-        "errors": "ArtifactError BackendUnavailable Cancelled ImageError NetworkError OptionError OutputError "
-        "ReplayError SdeditError",
+        "errors": "ArtifactError BackendUnavailable Cancelled ImageError NetworkError OptionError OutOfTolerance "
+        "OutputError ReplayError SdeditError",
         "loop": "Denoiser Step denoise perturb",
         "noise": "Noise NoiseSource",
         "schedule": "SAMPLERS StepTable plan",

@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from sdedit import protobuf
@@ -53,9 +53,10 @@ class Artifact:
     opset: int
     inputs: tuple[protobuf.Tensor, ...]
     outputs: tuple[protobuf.Tensor, ...]
-    size_bytes: int
+    size_bytes: int  # with external data
     sde: schedules.Sde = field(repr=False)
     extra_inputs: dict[str, ExtraInput] = field(default_factory=dict)
+    external: tuple[Path, ...] = ()  # files beside it that hold weights (ONNX external data)
 
     @property
     def name(self) -> str:
@@ -73,6 +74,24 @@ class Artifact:
     def width(self) -> int:
         return int(self.metadata["image"]["width"])
 
+    def frame(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(width, height) that an edit runs at: `size` if the network takes it, else its own. Raises OptionError."""
+        if size is None or tuple(size) == (self.width, self.height):
+            return self.width, self.height
+        if not self.metadata["image"].get("dynamic"):
+            raise OptionError(
+                f"size is {size[0]}x{size[1]}; {self.name} is fixed to {self.width}x{self.height}",
+                hint="leave the size out, or export the model with --dynamic",
+            )
+        multiple = int(self.metadata["image"].get("multiple", 1))
+        if any(side % multiple for side in size) or size[0] * size[1] > MOST_PIXELS:
+            width, height = (max(1, round(side / multiple)) * multiple for side in size)
+            raise OptionError(
+                f"size is {size[0]}x{size[1]}; {self.name} takes multiples of {multiple}, {MOST_PIXELS} pixels at most",
+                hint=f"--size {width}x{height}",
+            )
+        return size
+
     @property
     def precision(self) -> str:
         return str(self.metadata.get("precision", "fp32"))
@@ -84,8 +103,13 @@ class Artifact:
 
     @cached_property
     def sha256(self) -> str:
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Of the file's bytes, followed by those of its external data, in the order of their names."""
+        digest = hashlib.sha256()
+        for path in (self.path, *sorted(self.external)):
+            with path.open("rb") as file:
+                while part := file.read(2**20):
+                    digest.update(part)
+        return digest.hexdigest()
 
 
 def read(path: Path) -> Artifact:
@@ -102,6 +126,11 @@ def read(path: Path) -> Artifact:
         return _validate(path, model, size, metadata)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}", hint=error.hint) from None
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether this ONNX file carries our metadata. Raises ArtifactError for a file that is no ONNX model."""
+    return "sdedit" in _read_onnx(path)[0].metadata
 
 
 def _read_onnx(path: Path) -> tuple[protobuf.Model, int]:
@@ -154,6 +183,8 @@ def _validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Ar
                 f"image.{name} is {image[name]}; must be a multiple of {image['multiple']}",
                 hint=f"write it again with a size that is a multiple of {image['multiple']}",
             )
+    if not isinstance(image.get("dynamic", False), bool):
+        raise ArtifactError(f"image.dynamic is {image['dynamic']!r}; wanted true or false", hint=EXPORT_HINT)
     if image["height"] * image["width"] > MOST_PIXELS:
         raise ArtifactError(
             f"image is {image['height']} x {image['width']}; wanted at most {MOST_PIXELS} pixels", hint=EXPORT_HINT
@@ -163,9 +194,29 @@ def _validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Ar
     _check_defaults(metadata)
     extra = _extra_inputs(metadata)
     _check_tensors(model, image, extra)
-    return Artifact(
-        path, metadata, model.opset, model.inputs, model.outputs, size, schedules.from_metadata(metadata["sde"]), extra
-    )
+    sde = schedules.from_metadata(metadata["sde"])
+    external = _external(path, model)
+    size += sum(file.stat().st_size for file in external)
+    return Artifact(path, metadata, model.opset, model.inputs, model.outputs, size, sde, extra, external)
+
+
+def _external(path: Path, model: protobuf.Model) -> tuple[Path, ...]:
+    """The files with the rest of the weights: in the artifact's folder or below it, never elsewhere."""
+    files = []
+    for location in model.external:
+        outside = PureWindowsPath(location).drive or PureWindowsPath(location).root or location.startswith("/")
+        if outside or not location or ".." in PurePosixPath(location.replace("\\", "/")).parts:
+            raise ArtifactError(
+                f"its weights are said to lie in {location!r}, outside its folder",
+                hint="do not use this file unless you made it; export it again",
+            )
+        file = path.parent / location
+        if not file.is_file():
+            raise ArtifactError(
+                f"its weights are in {location!r}, which is not beside it", hint="copy both files to one folder"
+            )
+        files.append(file)
+    return tuple(files)
 
 
 def _check_defaults(metadata: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from sdedit.loop import Array, Denoiser, Step, blend, denoise, perturb
 from sdedit.noise import Noise, checked_seed, result_seed
 from sdedit.schedule import StepTable, checked_steps, checked_t0, plan, resolve_eta
 
+MOST_SIDE = 2**16
 MOST = 10_000  # samples of a guide, repeats, images in a batch: more is a slip of the keyboard
 
 
@@ -36,6 +37,7 @@ class EditOptions:
     seed: int = 0  # of the first result; result j has seed + j
     samples: int = 1  # results per guide
     repeats: int = 1  # the paper's K: passes, each starting from the last one's result
+    size: tuple[int, int] | None = None  # width, height of a model that takes any; None is its own
     fit: str = "crop"  # one of image.FITS: how a guide of another size or aspect enters the frame
     batch: int = 1  # images per network call; a last, smaller group is filled up
     conditions: Mapping[str, float] = field(default_factory=dict)  # values of the model's extra inputs
@@ -54,6 +56,7 @@ class EditOptions:
             sampler=sampler,
             eta=resolve_eta(sampler, self.eta),
             seed=checked_seed(self.seed),
+            size=_size(self.size),
             conditions=_conditions(self.conditions),
             samples=count("samples"),
             repeats=count("repeats"),
@@ -169,7 +172,7 @@ class Editor:
         chosen = make_options(options).resolved(self.artifact.defaults)
         table = plan(self.sde, **chosen.schedule())
         jobs = self._jobs(_listed(guides), None if mask is None else _listed(mask), chosen)
-        denoiser = _Timed(self.backend.bind(chosen.batch, chosen.conditions))
+        denoiser = _Timed(self.backend.bind(chosen.batch, chosen.conditions, chosen.size))
         groups = [jobs[at : at + chosen.batch] for at in range(0, len(jobs), chosen.batch)]
         total = len(groups) * chosen.repeats * table.steps
         loop_began = time.perf_counter()
@@ -190,7 +193,7 @@ class Editor:
             raise OptionError("no guide to edit", hint="pass at least one picture")
         if masks is not None and len(masks) not in (1, len(guides)):
             raise OptionError(f"{len(masks)} masks for {len(guides)} guides", hint="give one mask for all, or one each")
-        frame = self.artifact.width, self.artifact.height
+        frame = self.artifact.frame(options.size)
         jobs = []
         for index, source in enumerate(guides):
             guide = image.read(source, self.artifact.channels)
@@ -230,6 +233,16 @@ def make_options(options: Mapping[str, Any]) -> EditOptions:
     if unknown := set(options) - set(names):
         raise OptionError(f"unknown option {', '.join(sorted(unknown))}", hint=f"options are {', '.join(names)}")
     return EditOptions(**options)
+
+
+def _size(given: object) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    hint = "size=(512, 384), width and height; None for the model's own"
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 2:
+        raise OptionError(f"size is {given!r}; wanted width and height", hint=hint)
+    width, height = (whole("size", side, 1, MOST_SIDE, hint=hint) for side in given)
+    return width, height
 
 
 def _conditions(given: Mapping[str, float] | None) -> dict[str, float]:

@@ -39,3 +39,7 @@ class ReplayError(SdeditError):
 
 class Cancelled(SdeditError):
     """The caller's `on_step` returned False."""
+
+
+class OutOfTolerance(SdeditError):
+    """Two denoisers that should be the same function are not."""

@@ -28,6 +28,7 @@ class Model:
     metadata: dict[str, str]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    external: tuple[str, ...] = ()  # files beside it that hold weights, as it names them
 
 
 ELEMENTS = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
@@ -58,7 +59,36 @@ def read_model(data: memoryview) -> Model:
             weights.add(next((_text(v) for n, v in _fields(value) if n == 8), ""))
         elif number in (11, 12):
             (inputs if number == 11 else outputs).append(_tensor(value))
-    return Model(opset, metadata, tuple(t for t in inputs if t.name not in weights), tuple(outputs))
+    external = tuple(dict.fromkeys(_external(graph)))
+    return Model(opset, metadata, tuple(t for t in inputs if t.name not in weights), tuple(outputs), external)
+
+
+def _external(graph: Value) -> Iterator[str]:
+    """Where the weights of a GraphProto lie that it does not hold itself; also those of nodes and inner graphs."""
+    for number, value in _fields(graph):
+        if number == 5:  # initializer
+            yield from _location(value)
+        elif number == 15:  # sparse_initializer: values, indices
+            for _, tensor in _fields(value):
+                if not isinstance(tensor, int):
+                    yield from _location(tensor)
+        elif number == 1:  # node
+            for field, attribute in _fields(value):
+                if field == 5:
+                    for kind, part in _fields(attribute):
+                        if kind in (5, 10):  # t, tensors
+                            yield from _location(part)
+                        elif kind in (6, 11):  # g, graphs
+                            yield from _external(part)
+
+
+def _location(tensor: Value) -> Iterator[str]:
+    """The `location` of a TensorProto's external data, where it has any."""
+    for number, value in _fields(tensor):
+        if number == 13:
+            entry = dict(_fields(value))
+            if _text(entry.get(1, memoryview(b""))) == "location":
+                yield _text(entry.get(2, memoryview(b"")))
 
 
 def _tensor(data: Value) -> Tensor:

@@ -4,29 +4,14 @@ python -m sdedit.export.bundled checkpoint.pt -o engine/models/eurosat-64.onnx
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sdedit.export import schedules
 from sdedit.export.networks.patch_unet import PatchUNet
 from sdedit.export.to_onnx import write_artifact
-
-LEVELS = 1000
-
-
-def cosine_alphas_cumprod() -> list[float]:
-    """ᾱ of the cosine schedule, s = 0.008, β at most 0.999: Nichol and Dhariwal 2021, eq. 17."""
-
-    def f(t: float) -> float:
-        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    levels, product = [], 1.0
-    for i in range(LEVELS):
-        product *= 1 - min(1 - f((i + 1) / LEVELS) / f(i / LEVELS), 0.999)
-        levels.append(product)
-    return levels
 
 
 def metadata(checkpoint: dict[str, Any], net: PatchUNet) -> dict[str, Any]:
@@ -34,7 +19,7 @@ def metadata(checkpoint: dict[str, Any], net: PatchUNet) -> dict[str, Any]:
         "format": 1,
         "name": "eurosat-64",
         "image": {"channels": 3, "height": 64, "width": 64},
-        "sde": {"kind": "vp-discrete", "alphas_cumprod": [float(f"{level:.9g}") for level in cosine_alphas_cumprod()]},
+        "sde": schedules.as_metadata(schedules.cosine()),
         "defaults": {"t0": 0.5, "steps": 50, "sampler": "ancestral"},
         "sigma_range": list(net.sigma_range),
         "precision": "fp32",

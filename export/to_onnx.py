@@ -1,9 +1,10 @@
-"""Write a denoiser as an artifact: one ordinary .onnx file with our metadata."""
+"""From a torch module D(x; σ) to an ONNX graph, and from a graph to an artifact on disk."""
 
-import io
 import json
 import os
+import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +17,99 @@ from torch import nn
 from sdedit import artifact
 
 OPSET = 18
+TRACED_OPSETS = range(18, 21)  # what torch's tracing exporter writes
 SMALLEST_HALVED = 1024  # elements; shorter weights stay float32
+LARGEST_FILE = 2**31 - 2**24  # protobuf ends at 2 GiB: larger models keep their weights beside the file
+
+
+def trace(
+    denoiser: nn.Module,
+    shape: tuple[int, int, int],
+    conditions: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    opset: int = OPSET,
+    dynamic: bool = False,
+) -> onnx.ModelProto:
+    """D(x; σ) as a float32 graph with dynamic batch; with dynamic height and width too where asked.
+
+    denoiser: (x (B, C, H, W), sigma (B,), *conditions (B,)) -> (B, C, H, W). shape: (C, H, W).
+    """
+    conditions = conditions or {}
+    inputs = [("x", torch.zeros(2, *shape)), ("sigma", torch.ones(2))]
+    inputs += [(name, torch.zeros(2, dtype=getattr(torch, given["dtype"]))) for name, given in conditions.items()]
+    model = trace_module(denoiser, inputs, ["denoised"], opset=opset, free_size=("x", "denoised") if dynamic else ())
+    for dimension, size in zip(model.graph.output[0].type.tensor_type.shape.dim[1:], shape, strict=True):
+        if not dynamic:
+            dimension.dim_value = size
+    return model
+
+
+def trace_module(
+    module: nn.Module,
+    inputs: Sequence[tuple[str, torch.Tensor]],
+    outputs: Sequence[str],
+    *,
+    opset: int,
+    free_size: Sequence[str] = (),
+) -> onnx.ModelProto:
+    """A module as a graph whose tensors all begin with the batch; those in `free_size` have any H and W too."""
+    axes = {name: {0: "B"} for name in (*(name for name, _ in inputs), *outputs)}
+    for name in free_size:
+        axes[name] |= {2: "H", 3: "W"}
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
+        warnings.simplefilter("ignore")  # it is deprecated; and shapes it takes as constants are constants
+        path = os.path.join(scratch, "traced.onnx")  # a file, since beyond 2 GiB it writes several
+        torch.onnx.export(
+            module.eval(),
+            tuple(example for _, example in inputs),
+            path,
+            input_names=[name for name, _ in inputs],
+            output_names=list(outputs),
+            dynamic_axes=axes,
+            opset_version=opset,
+            dynamo=False,  # small static graphs, and no further packages
+        )
+        return onnx.load(path)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    return next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+
+
+def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, Any]) -> list[Path]:
+    """Write the artifact, its weights beside it in PATH.data where one file cannot hold them. The files written.
+
+    The model's own weights are gone afterwards where they went beside the file.
+    """
+    helper.set_model_props(model, {"sdedit": json.dumps(metadata, ensure_ascii=False)})
+    beside = path.with_name(f"{path.name}.data")
+    large = sum(len(weight.raw_data) for weight in model.graph.initializer) > LARGEST_FILE
+    onnx.save_model(model, path, save_as_external_data=large, location=beside.name, size_threshold=128)
+    onnx.checker.check_model(str(path), full_check=not large)
+    artifact.read(path)  # what we write, we can read
+    return [path, beside] if large else [path]
+
+
+def replace_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Give an artifact on disk other metadata; its external data stays where it is."""
+    model = onnx.load(path, load_external_data=False)
+    helper.set_model_props(model, {"sdedit": json.dumps(metadata, ensure_ascii=False)})
+    onnx.save(model, path)
 
 
 def write_artifact(denoiser: nn.Module, path: Path, metadata: dict[str, Any], *, half_weights: bool = False) -> None:
-    """Trace D(x; σ) and write it with dynamic batch.
+    """Trace D(x; σ) and write it, unverified. metadata: the `sdedit` object.
 
-    denoiser: (x (B, C, H, W), sigma (B,)) -> (B, C, H, W), float32. metadata: the `sdedit` object.
     half_weights stores large weights as float16 behind a Cast, which runtimes fold away when they load:
     half the file, computed in float32.
     """
     size = metadata["image"]
-    x = torch.zeros(2, size["channels"], size["height"], size["width"])
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the tracing exporter: small, static, no extra packages
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # shapes it takes as constants are constants
-        torch.onnx.export(
-            denoiser.eval(),
-            (x, torch.ones(2)),
-            buffer,
-            input_names=["x", "sigma"],
-            output_names=["denoised"],
-            dynamic_axes={name: {0: "B"} for name in ("x", "sigma", "denoised")},
-            opset_version=OPSET,
-            dynamo=False,
-        )
-    model = onnx.load_from_string(buffer.getvalue())
-    for dimension, name in zip(
-        model.graph.output[0].type.tensor_type.shape.dim[1:], ("channels", "height", "width"), strict=True
-    ):
-        dimension.dim_value = size[name]
+    model = trace(denoiser, (size["channels"], size["height"], size["width"]))
     if half_weights:
         halve_weights(model)
-    helper.set_model_props(model, {"sdedit": json.dumps(metadata)})
-    onnx.checker.check_model(model, full_check=True)
-    partial = path.with_suffix(".partial")
-    onnx.save(model, partial)
-    artifact.read(partial)  # what we write, we can read
-    os.replace(partial, path)
+    with tempfile.TemporaryDirectory(prefix=".sdedit-", dir=path.parent) as scratch:
+        for file in save(model, Path(scratch) / path.name, metadata):
+            os.replace(file, path.with_name(file.name))
 
 
 def halve_weights(model: onnx.ModelProto) -> None:

@@ -8,7 +8,7 @@ import torch
 
 import sdedit
 from sdedit import artifact
-from sdedit.export import bundled
+from sdedit.export import bundled, schedules
 from sdedit.export.networks.patch_unet import PatchUNet
 from sdedit.export.to_onnx import write_artifact
 
@@ -62,9 +62,8 @@ def test_the_metadata_survives_the_round_trip(network: PatchUNet, tmp_path: Path
 
 
 def test_the_cosine_schedule_has_its_published_ends() -> None:
-    levels = bundled.cosine_alphas_cumprod()
-    sde = sdedit.VPDiscrete(tuple(levels))
-    assert len(levels) == 1000
+    sde = schedules.cosine()
+    assert len(sde.alphas_cumprod) == 1000
     np.testing.assert_allclose(sde.sigma(0.5), 1.0, rtol=0.02)  # half signal, half noise, halfway
     assert np.isfinite(sde.sigma(1.0))
     assert sde.sigma(0.999) > 100

@@ -20,8 +20,11 @@ class Backend(Protocol):
     threads: int
     versions: Mapping[str, str]  # of the libraries that execute
 
-    def bind(self, batch: int, conditions: Mapping[str, float]) -> Denoiser:
-        """The network with its own buffers, for batches of this size. conditions: extra input -> value."""
+    def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
+        """The network with its own buffers, for batches of this size. conditions: extra input -> value.
+
+        size: width and height, where the model takes any; None is its own. Raises OptionError.
+        """
         ...
 
 

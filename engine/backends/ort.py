@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,13 +42,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _source(path: Path) -> str | bytes:
+def _source(artifact: Artifact) -> str | bytes:
     """ONNX Runtime takes names that are text; a file with another name goes in as bytes."""
     try:
-        str(path).encode()
+        str(artifact.path).encode()
     except UnicodeEncodeError:
-        return path.read_bytes()
-    return str(path)
+        if artifact.external:
+            raise ArtifactError(
+                f"{artifact.path}: has external data and a name that is not text", hint="rename the file's folder"
+            ) from None
+        return artifact.path.read_bytes()
+    return str(artifact.path)
 
 
 class OrtBackend:
@@ -73,7 +76,7 @@ class OrtBackend:
         options.log_severity_level = 4
         try:
             chosen = [(provider, PROVIDER_OPTIONS.get(name, {}))]
-            self._session = onnxruntime.InferenceSession(_source(artifact.path), options, providers=chosen)
+            self._session = onnxruntime.InferenceSession(_source(artifact), options, providers=chosen)
         except Exception as error:  # onnxruntime raises its own kinds, and RuntimeError
             reason = str(error).splitlines()[0]
             if name == "ort-cpu":
@@ -85,8 +88,9 @@ class OrtBackend:
         if self._session.get_providers()[0] != provider:
             raise BackendUnavailable(f"{name}: {provider} did not come up; its libraries are missing", hint=GPU_HINT)
 
-    def bind(self, batch: int, conditions: Mapping[str, float]) -> Denoiser:
+    def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
         artifact = self._artifact
+        width, height = artifact.frame(size)
         extra = {}
         for name, declared in artifact.extra_inputs.items():
             if name not in conditions:
@@ -96,7 +100,7 @@ class OrtBackend:
             names = ", ".join(sorted(unknown))
             known = f"it takes {', '.join(extra)}" if extra else "this model takes none"
             raise OptionError(f"the model has no input {names} to set", hint=known)
-        shape = batch, artifact.channels, artifact.height, artifact.width
+        shape = batch, artifact.channels, height, width
         return _Bound(self._session, shape, extra, shares_memory=self.name == "ort-cpu")
 
 

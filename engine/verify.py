@@ -1,0 +1,175 @@
+"""Are two denoisers the same function? At noise levels across the schedule, and along a real edit.
+
+The error of one evaluation is ‖ΔD‖ / max(‖D‖, ‖x - D‖): at large σ a trained D is the small difference of two
+large numbers, and rounding in the larger one must not be held against it.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdedit import image
+from sdedit.artifact import BUNDLED
+from sdedit.loop import Array, Denoiser, denoise, perturb
+from sdedit.noise import Noise
+from sdedit.schedule import LARGEST_SIGMA, plan
+from sdedit.sde import Sde
+
+TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 3e-2, "int8": np.inf}  # one evaluation; int8: as measured
+TIMES = (0.001, 0.01, 0.05, 0.15, 0.35, 0.6, 0.8, 1.0)
+IMAGE_STEPS = 50
+GUIDES = tuple(BUNDLED.parent / "guides" / f"{name}.png" for name in ("strokes", "collage", "photo"))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One comparison: at a point of the schedule, or at a step of an edit."""
+
+    where: str  # "schedule" or "edit"
+    t: float
+    sigma: float
+    error: float
+
+
+@dataclass(frozen=True)
+class ImageDistance:
+    """How far the final pictures of full edits lie apart, in 8-bit levels (1/255)."""
+
+    steps: int
+    mean: float
+    percentile_99_9: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and how it came out."""
+
+    evaluations: tuple[Evaluation, ...]
+    tolerance: float
+    images: ImageDistance | None = None
+
+    @property
+    def worst(self) -> Evaluation:
+        return max(self.evaluations, key=lambda e: np.inf if np.isnan(e.error) else e.error)
+
+    @property
+    def within(self) -> bool:
+        return bool(self.worst.error <= self.tolerance)  # not for NaN
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "within": self.within,
+            "tolerance": None if np.isinf(self.tolerance) else self.tolerance,
+            "worst": asdict(self.worst),
+            "evaluations": [asdict(e) for e in self.evaluations],
+            "images": None if self.images is None else asdict(self.images),
+        }
+
+
+def compare(
+    reference: Denoiser,
+    candidate: Denoiser,
+    sde: Sde,
+    guides: Array,
+    *,
+    tolerance: float,
+    with_images: bool = False,
+    on_evaluation: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Compare two denoisers of batches like `guides` (2, C, H, W) in [-1, 1], at TIMES and along an edit.
+
+    Every batch holds one of each: a step of the first guide's edit, and the second guide at a level of TIMES.
+    with_images also runs a whole edit of IMAGE_STEPS with each denoiser. on_evaluation is told how many of how
+    many network calls are done. Raises NetworkError where the reference is not finite.
+    """
+    times = [t for t in TIMES if sde.sigma(t) <= LARGEST_SIGMA]
+    t0 = min(0.5, max(times))
+    total = 2 * len(times) + (2 * IMAGE_STEPS if with_images else 0)
+    reference, candidate = _counting([reference, candidate], total, on_evaluation)
+
+    z = Noise([1], guides.shape[1:])(0, 0, 0)
+    levels = [sde.sigma([t]).astype(np.float32) for t in times]
+    batches: list[tuple[Array, Array, Array]] = []
+
+    def step_and_level(x: Array, sigma: Array) -> Array:
+        level = levels[len(batches)]
+        pair, sigmas = np.concatenate([x, guides[1:2] + level * z]), np.concatenate([sigma, level])
+        batches.append((pair, sigmas, reference(pair, sigmas).copy()))
+        return batches[-1][2][:1]
+
+    visited(step_and_level, sde, guides[:1], t0=t0, steps=len(times))
+    evaluations = [
+        Evaluation(where, float(sde.time(sigma)), float(sigma), relative_error(*one))
+        for x, sigmas, wanted in batches
+        for where, sigma, *one in zip(("edit", "schedule"), sigmas, x, wanted, candidate(x, sigmas), strict=True)
+    ]
+    images = None
+    if with_images:
+        wanted, found = (
+            _pixels(visited(denoiser, sde, guides, t0=t0, steps=IMAGE_STEPS)[-1][2])
+            for denoiser in (reference, candidate)
+        )
+        apart = np.abs(wanted - found)
+        images = ImageDistance(IMAGE_STEPS, float(apart.mean()), float(np.percentile(apart, 99.9)))
+    evaluations.sort(key=lambda e: (e.where != "schedule", e.t))
+    return Report(tuple(evaluations), tolerance, images)
+
+
+def visited(denoiser: Denoiser, sde: Sde, guides: Array, *, t0: float, steps: int) -> list[tuple[Array, Array, Array]]:
+    """What the network sees and says in an edit: x, sigma and D of every step. The last D is the result."""
+    visits: list[tuple[Array, Array, Array]] = []
+
+    def recorded(x: Array, sigma: Array) -> Array:
+        denoised = denoiser(x, sigma).copy()
+        visits.append((x.copy(), np.asarray(sigma, np.float32).copy(), denoised))
+        return denoised
+
+    table, noise = plan(sde, t0=t0, steps=steps), Noise(range(len(guides)), guides.shape[1:])
+    denoise(recorded, perturb(guides, table, noise), table, noise)
+    return visits
+
+
+def _counting(
+    denoisers: Sequence[Denoiser], total: int, on_evaluation: Callable[[int, int], None] | None
+) -> list[Denoiser]:
+    done = itertools.count(1)
+
+    def counted(denoiser: Denoiser) -> Denoiser:
+        def evaluate(x: Array, sigma: Array) -> Array:
+            denoised = denoiser(x, sigma)
+            if on_evaluation is not None:
+                on_evaluation(next(done), total)
+            return denoised
+
+        return evaluate
+
+    return [counted(denoiser) for denoiser in denoisers]
+
+
+def _pixels(xs: Array) -> Array:
+    return np.stack([image.to_pixels(x) for x in xs]).astype(np.float64)
+
+
+def guide_frames(guides: Sequence[Path], size: Mapping[str, Any]) -> Array:
+    """Pictures in the model's frame, three bundled ones if none are given: (at least 2, C, H, W) float32.
+
+    size: the artifact's `image` object. Raises ImageError.
+    """
+    channels, frame = size["channels"], (size["width"], size["height"])
+    read_as = channels if channels in (1, 3) else 3
+    pictures = [image.read(guide, read_as) for guide in guides or GUIDES]
+    frames = np.stack([image.to_model(picture, image.place(picture, frame, "crop")) for picture in pictures])
+    if channels != read_as:
+        frames = np.take(frames, np.arange(channels) % read_as, axis=1)
+    return np.ascontiguousarray(np.concatenate([frames, frames[:1]]) if len(frames) == 1 else frames)
+
+
+def relative_error(x: Array, wanted: Array, found: Array) -> float:
+    """‖ΔD‖ / max(‖D‖, ‖x - D‖) of one image, in float64."""
+    x, wanted, found = (np.asarray(v, np.float64).ravel() for v in (x, wanted, found))
+    scale = max(np.linalg.norm(wanted), np.linalg.norm(x - wanted), np.finfo(np.float64).tiny)
+    return float(np.linalg.norm(found - wanted) / scale)

@@ -1,0 +1,341 @@
+"""Checkpoints of Karras et al. 2022 (EDM): their own networks, and the VP and VE baselines that they retrained.
+
+Names and shapes tell the whole architecture. How the network is preconditioned they do not: that is the name of the
+class in the original pickle, or the user says it.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdedit.errors import OptionError
+from sdedit.export import pickles
+from sdedit.export.checkpoints import CheckpointError, load_weights, parameter_count
+from sdedit.export.conditions import FixedLabel, check_class_label
+from sdedit.export.denoiser import Convention
+from sdedit.export.networks.dhariwal_unet import DhariwalUNet
+from sdedit.export.networks.song_unet import SongUNet
+from sdedit.export.source import Payload, Source, SourceOptions, Tensors
+from sdedit.sde import EDM, VE, VP
+
+NAME = "edm"
+DESCRIPTION = "EDM's pickle, or its tensors: map_layer0, enc.32x32_conv, dec.8x8_in0, …"
+STEM = "map_layer0.weight"
+MARKERS = (r"(^|\.)enc\.\d+x\d+_conv\.weight$", r"(^|\.)dec\.\d+x\d+_in0\.")
+PRESETS: dict[str, dict[str, Any]] = {}
+RHO = 7  # of the schedule: Karras et al. 2022, table 1
+
+CLASSES = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}
+CONSTANTS: dict[str, dict[str, float]] = {  # of the preconditionings, by the original's names
+    "edm": {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0},
+    "vp": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5},
+    "ve": {"sigma_min": 0.02, "sigma_max": 100.0},
+}
+LIMITS = {"sigma_min": max, "sigma_max": min}
+IGNORED = ("augment_dim", "dropout", "label_dropout", "use_fp16")  # of training: D does not depend on them
+
+
+class HalfLogLabel(nn.Module):
+    """A VE network as one that takes σ and returns the unit noise. Karras et al. 2022, table 1."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, label: Tensor, *conditions: Tensor) -> Tensor:
+        return -self.net(x, (label / 2).log(), *conditions)
+
+
+# What the file holds
+
+
+def _gather(node: Payload, path: str, tensors: Tensors, records: dict[str, pickles.Record]) -> None:
+    """Every tensor and every outermost object, by its path with a dot at the end of each part."""
+    if isinstance(node, pickles.Record):
+        records[path] = node
+        tensors.update({path + name: tensor for name, tensor in pickles.tensors(node).items()})
+    elif isinstance(node, Mapping):
+        for name, value in node.items():
+            if isinstance(value, Tensor):
+                tensors[f"{path}{name}"] = value
+            else:
+                _gather(value, f"{path}{name}.", tensors, records)
+
+
+def _choose(payload: Payload, wanted: str | None) -> tuple[Tensors, str, pickles.Record | None]:
+    """One network's tensors under their own names, "ema" or "model", and the object around it where that is known."""
+    every: Tensors = {}
+    records: dict[str, pickles.Record] = {}
+    _gather(payload, "", every, records)
+    if any(re.search(r"(^|\.)(emb_fourier\.freqs|emb_noise\.weight)$", name) for name in every):
+        raise CheckpointError(
+            "this is an EDM2 network (Karras et al. 2024), which is another architecture",
+            hint="this family is that of 2022; --module package.module:factory takes any PyTorch network",
+        )
+    prefixes = [name.removesuffix(STEM) for name in every if f".{name}".endswith(f".{STEM}")]
+    if not prefixes:
+        raise CheckpointError(f"no tensor is called {STEM}", hint=f"{NAME} is: {DESCRIPTION}")
+    found = {"ema" if "ema" in re.split(r"[._]", prefix) else "model": prefix for prefix in prefixes}
+    if len(found) < len(prefixes):
+        raise CheckpointError(
+            f"the file holds several networks: {', '.join(f'{prefix}*' for prefix in prefixes)}",
+            hint="save the one to export in a file of its own",
+        )
+    weights = wanted or ("ema" if "ema" in found else "model")
+    if weights not in found:
+        raise OptionError(
+            f"the file holds no {weights} weights", hint=f"--weights {next(iter(found))}, or leave it out"
+        )
+    prefix = found[weights]
+    around = prefix.removesuffix("model.")  # the preconditioner, whose attribute the network is
+    owner = records.get(around)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in every.items() if name.startswith(prefix)}
+    levels = prefix != around and f"{around}u" in every
+    if (owner and owner.class_name == "iDDPMPrecond") or levels:
+        raise _discrete()
+    return tensors, weights, owner
+
+
+def _discrete() -> CheckpointError:
+    return CheckpointError(
+        "this network has iDDPM preconditioning, a table of noise levels, which is not read from this layout",
+        hint="the published one is a copy of guided diffusion's imagenet-64: export that file",
+    )
+
+
+# What the tensors tell
+
+
+def _told(tensors: Tensors) -> dict[str, Any]:
+    """The constructor's arguments, by the original's names."""
+
+    def shape(name: str, rank: int) -> torch.Size:
+        if name not in tensors:
+            raise CheckpointError(f"the file has no {name}", hint=f"{NAME} is: {DESCRIPTION}")
+        size = tensors[name].shape
+        if len(size) != rank or 0 in size:
+            raise CheckpointError(f"{name} has shape {list(size)}; wanted {rank} dimensions", hint="download it again")
+        return size
+
+    def multiple(name: str, channels: int) -> int:
+        if channels % model_channels:
+            raise CheckpointError(
+                f"{name} has {channels} channels, not a multiple of the network's {model_channels}",
+                hint=f"{NAME} is: {DESCRIPTION}",
+            )
+        return channels // model_channels
+
+    found = {int(match[1]) for name in tensors if (match := re.match(r"enc\.(\d{1,6})x\1_", name))}
+    resolutions = sorted(found, reverse=True)
+    if not found or resolutions != [resolutions[0] >> level for level in range(len(found))] or 0 in found:
+        raise CheckpointError(
+            f"the layers' resolutions are {', '.join(map(str, resolutions)) or 'not in their names'}; "
+            "wanted each half the one before",
+            hint=f"{NAME} is: {DESCRIPTION}",
+        )
+    first = f"{resolutions[0]}x{resolutions[0]}"
+    song = f"dec.{first}_aux_conv.weight" in tensors
+    stem, noise = shape(f"enc.{first}_conv.weight", 4), shape(STEM, 2)
+    model_channels = stem[0] if song else noise[1]
+    if noise[1] % 2 or noise[1] < 4:
+        raise CheckpointError(
+            f"{STEM} takes {noise[1]} channels, which are not pairs of cosines and sines",
+            hint=f"{NAME} is: {DESCRIPTION}",
+        )
+    blocks = [name for name in tensors if re.fullmatch(rf"enc\.{first}_block\d+\.conv0\.weight", name)]
+    told: dict[str, Any] = {
+        "img_resolution": resolutions[0],
+        "in_channels": stem[1],
+        "out_channels": shape(f"dec.{first}_aux_conv.weight" if song else "out_conv.weight", 4)[0],
+        "label_dim": shape("map_label.weight", 2)[1] if "map_label.weight" in tensors else 0,
+        "model_channels": model_channels,
+        "channel_mult": tuple(
+            multiple(name, shape(name, 4)[0]) for name in (f"enc.{r}x{r}_block0.conv0.weight" for r in resolutions)
+        ),
+        "channel_mult_emb": multiple(STEM, noise[0]),
+        "num_blocks": len(blocks),
+        "attn_resolutions": tuple(r for r in resolutions if f"enc.{r}x{r}_block0.qkv.weight" in tensors),
+    }
+    if told["out_channels"] == 2 * told["in_channels"]:  # a learned variance
+        raise _discrete()
+    if told["out_channels"] != told["in_channels"]:
+        raise CheckpointError(
+            f"the network takes {told['in_channels']} channels and returns {told['out_channels']}: not of images alone",
+            hint="an upsampler, which also takes a small image, cannot be exported",
+        )
+    taps = _taps(tensors)
+    if not song:
+        if taps != (1, 1):
+            raise CheckpointError(f"the filter is {list(taps)}; ADM's is [1, 1]", hint=f"{NAME} is: {DESCRIPTION}")
+        return told
+    names = " ".join(tensors)
+    return told | {
+        "embedding_type": "fourier" if "map_noise.freqs" in tensors else "positional",
+        "channel_mult_noise": multiple(STEM, noise[1]),
+        "encoder_type": "residual" if "_aux_residual." in names else "skip" if "_aux_skip." in names else "standard",
+        "decoder_type": "skip" if "_aux_up." in names else "standard",
+        "resample_filter": taps,
+    }
+
+
+def _taps(tensors: Tensors) -> tuple[float, ...]:
+    """The one filter of all resampling layers, from its outer product with itself; its first tap is 1."""
+    filters = [tensor.double() for name, tensor in tensors.items() if name.endswith(".resample_filter")]
+    if not filters:
+        return (1.0, 1.0)
+    size = filters[0].shape
+    if len(size) == 4 and size[:2] == (1, 1) and size[2] == size[3] and size[2] in range(2, 17, 2):
+        rows = filters[0][0, 0].sum(dim=1)
+        row = rows / rows.sum()
+        kernel = torch.outer(row, row)
+        if all(f.shape == size and torch.allclose(f[0, 0], kernel, atol=1e-3) for f in filters):
+            return tuple(round(tap, 3) for tap in (row / row[0]).tolist())
+    raise CheckpointError(
+        "the resample_filter buffers are not one separable filter with an even number of taps",
+        hint=f"{NAME} is: {DESCRIPTION}",
+    )
+
+
+# What the user says
+
+
+def _preconditioning(owner: pickles.Record | None, options: SourceOptions) -> str:
+    said = options.preconditioning or options.config.get("precond")
+    told = CLASSES.get(owner.class_name) if owner else None
+    if said is not None and said not in tuple(CONSTANTS):
+        raise OptionError(f"preconditioning is {said!r}", hint=f"--preconditioning takes {', '.join(CONSTANTS)}")
+    if said and told and said != told:
+        assert owner is not None
+        raise OptionError(
+            f"preconditioning is {said!r}, and the file's class is {owner.class_name}",
+            hint="leave --preconditioning out",
+        )
+    if not said and not told:
+        raise CheckpointError(
+            "the file does not tell how its network is preconditioned",
+            hint="--preconditioning: published edm-* files: edm; baseline-*-vp: vp; baseline-*-ve: ve",
+        )
+    return str(said or told)
+
+
+def _check_config(config: Mapping[str, Any], told: Mapping[str, Any], constants: Mapping[str, float]) -> None:
+    """Raise OptionError for a key that does not exist or says otherwise than the tensors."""
+
+    def spelled(key: str, value: Any) -> Any:
+        if not isinstance(told[key], tuple):
+            return str(value)
+        numbers = [float(v) for v in (value.split(",") if isinstance(value, str) else value)]
+        return sorted(numbers) if key == "attn_resolutions" else numbers
+
+    for key, value in config.items():
+        if key not in told and key not in (*constants, *IGNORED, "precond"):
+            raise OptionError(
+                f"{NAME} has no config key {key!r} for this network",
+                hint=f"--config takes {', '.join((*told, *constants))}",
+            )
+        if key not in told:
+            continue
+        try:
+            same = spelled(key, value) == spelled(key, told[key])
+        except (ValueError, TypeError):
+            same = False
+        if not same:
+            have = list(told[key]) if isinstance(told[key], tuple) else told[key]
+            raise OptionError(f"config {key} is {value!r}; the tensors say {have}", hint=f"leave --config {key} out")
+
+
+def _constants(kind: str, owner: pickles.Record | None, config: Mapping[str, Any]) -> dict[str, float]:
+    """The preconditioning's numbers: the usual ones, under the file's, under the user's."""
+    constants = dict(CONSTANTS[kind])
+    for key, usual in CONSTANTS[kind].items():
+        where, value = ("config", config[key]) if key in config else ("the file's", owner and owner.state.get(key))
+        if value is None:
+            continue
+        try:
+            constants[key] = float(value)
+        except (ValueError, TypeError):
+            constants[key] = math.nan
+        if where != "config" and kind == "edm" and key in LIMITS:  # as a rule 0 and infinity: no limits
+            constants[key] = LIMITS[key](usual, constants[key])
+        if not 0 < constants[key] < math.inf:
+            raise OptionError(f"{where} {key} is {value!r}; wanted a number above 0", hint=f"--config {key}=NUMBER")
+    return constants
+
+
+# Both together
+
+
+def _convention(kind: str, c: Mapping[str, float]) -> tuple[Convention, tuple[float, float]]:
+    """Table 1 of Karras et al. 2022, and the noise levels of training."""
+    if kind == "vp":
+        sde = VP(c["beta_min"], c["beta_min"] + c["beta_d"])
+        trained = float(sde.sigma(c["epsilon_t"])), float(sde.sigma(1.0))
+        return Convention(sde, predicts="eps", time="continuous", time_scale=c["M"] - 1), trained
+    trained = c["sigma_min"], c["sigma_max"]
+    if kind == "ve":
+        return Convention(VE(*trained), predicts="eps", time="sigma"), trained
+    sigma_data = c["sigma_data"]
+    sde = EDM(*trained, RHO)
+    return Convention(sde, predicts="edm", time="log-sigma", time_scale=0.25, sigma_data=sigma_data), trained
+
+
+def _network(told: dict[str, Any]) -> nn.Module:
+    """On the meta device."""
+    try:
+        with torch.device("meta"):
+            return SongUNet(**told) if "encoder_type" in told else DhariwalUNet(**told)
+    except (ValueError, ArithmeticError) as error:  # of GroupNorm and the heads
+        raise CheckpointError(f"no network has these channels: {error}", hint=f"{NAME} is: {DESCRIPTION}") from error
+
+
+def build(payload: Payload, options: SourceOptions) -> Source:
+    """The network, its preconditioning and its size. Raises CheckpointError, OptionError."""
+    if options.preset is not None:
+        raise OptionError(
+            f"{NAME} has no preset {options.preset!r}", hint="leave --preset out: the tensors tell it all"
+        )
+    tensors, weights, owner = _choose(payload, options.weights)
+    told = _told(tensors)
+    kind = _preconditioning(owner, options)
+    _check_config(options.config, told, CONSTANTS[kind])
+    constants = _constants(kind, owner, options.config)
+    convention, trained = _convention(kind, constants)
+
+    used = {name: tensor for name, tensor in tensors.items() if name != "map_augment.weight"}  # a label of zeros
+    net = load_weights(_network(told), used, hint=f"the layout is read from the names: {NAME} is: {DESCRIPTION}")
+    parameters, classes = parameter_count(net), told["label_dim"]
+    if kind == "ve":
+        net = HalfLogLabel(net)
+    if options.class_label is not None:
+        check_class_label(options.class_label, classes)
+        net = FixedLabel(net, options.class_label)
+    multiple = 2 ** (len(told["channel_mult"]) - 1)
+    size = told["img_resolution"] if options.size is None else options.size
+    if size < 1 or size % multiple:
+        raise OptionError(
+            f"size is {size}; the network takes multiples of {multiple}",
+            hint=f"--size {max(1, round(size / multiple)) * multiple}",
+        )
+    fourier = told.get("embedding_type") == "fourier"
+    architecture = "ADM" if "encoder_type" not in told else "NCSN++" if fourier else "DDPM++"
+    return Source(
+        family=NAME,
+        summary=f"{architecture}, {parameters / 1e6:.1f} M parameters, {size}x{size}, "
+        f"{f'{classes} classes' if classes else 'no classes'}, {kind} preconditioning, {weights} weights",
+        net=net,
+        convention=convention,
+        channels=told["in_channels"],
+        height=size,
+        width=size,
+        multiple=multiple,
+        weights=weights,
+        conditions={"class_label": {"dtype": "int64", "count": classes}}
+        if classes and options.class_label is None
+        else {},
+        sigma_range=trained,
+        details={"architecture": architecture, "precond": kind, "config": told | constants},
+    )

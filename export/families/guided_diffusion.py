@@ -1,0 +1,415 @@
+"""Checkpoints of guided diffusion (Dhariwal and Nichol 2021) and, with the same names, of improved diffusion.
+
+A file holds tensors only. Their names and shapes tell the architecture; the image size, the attention heads and
+the schedule come from a preset or from --config, whose keys are the names of the original's flags.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from sdedit.errors import OptionError
+from sdedit.export import schedules
+from sdedit.export.checkpoints import CheckpointError, load_weights, parameter_count
+from sdedit.export.conditions import FixedLabel, check_class_label
+from sdedit.export.denoiser import Convention
+from sdedit.export.networks.adm import ADM, GROUPS
+from sdedit.export.source import Payload, Source, SourceOptions, Tensors
+from sdedit.sde import VPDiscrete
+
+NAME = "guided-diffusion"
+DESCRIPTION = "PyTorch file with time_embed, input_blocks, middle_block, output_blocks and out: an ADM U-Net"
+STEM = "input_blocks.0.0.weight"
+MARKERS = (
+    r"(^|\.)input_blocks\.0\.0\.weight$",
+    r"(^|\.)time_embed\.0\.weight$",
+    r"(^|\.)middle_block\.1\.qkv\.weight$",
+)
+CLASSES = 1000  # of ImageNet
+MULTIPLIERS = {  # image size -> channel_mult
+    32: "1,2,2,2",
+    64: "1,2,3,4",
+    128: "1,1,2,3,4",
+    256: "1,1,2,2,4,4",
+    512: "0.5,1,1,2,2,4,4",
+}
+
+# Presets
+
+
+def _published(image_size: int, **others: Any) -> dict[str, Any]:
+    """The flags that the published models share, and those of one."""
+    return {
+        "image_size": image_size,
+        "channel_mult": MULTIPLIERS[image_size],
+        "num_channels": 256,
+        "num_res_blocks": 2,
+        "attention_resolutions": "32,16,8",
+        "num_head_channels": 64,
+        "use_new_attention_order": False,
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+        "class_cond": True,
+        "learn_sigma": True,
+        "noise_schedule": "linear",
+        "diffusion_steps": 1000,
+    } | others
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "imagenet-64": _published(
+        64, num_channels=192, num_res_blocks=3, use_new_attention_order=True, noise_schedule="cosine"
+    ),
+    "imagenet-128": _published(128, num_heads=4, num_head_channels=-1),
+    "imagenet-256": _published(256),
+    "imagenet-256-uncond": _published(256, class_cond=False),
+    "imagenet-512": _published(512),
+    "lsun-bedroom": _published(256, class_cond=False),
+    "lsun-cat": _published(256, class_cond=False),
+    "lsun-horse": _published(256, class_cond=False),
+}
+
+# What the user says
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, bool) or int(value) < 1 or int(value) != float(value):
+        raise ValueError(value)
+    return int(value)
+
+
+def _heads(value: Any) -> int | None:
+    return None if str(value) == "-1" else _number(value)
+
+
+def _switch(value: Any) -> bool:
+    return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+
+
+def _schedule_name(value: Any) -> str:
+    if value not in ("linear", "cosine"):
+        raise ValueError(value)
+    return str(value)
+
+
+def _items(value: Any) -> list[str]:
+    return [str(item) for item in (value if isinstance(value, list | tuple) else str(value).split(","))]
+
+
+def _resolutions(value: Any) -> list[int]:
+    return [_number(item) for item in _items(value)]
+
+
+def _multipliers(value: Any) -> list[Fraction] | None:
+    """Exact, so that a multiplier times num_channels is the width it came from. Empty: not said."""
+    if value == "":
+        return None
+    multipliers = [Fraction(item) for item in _items(value)]
+    if min(multipliers) <= 0:
+        raise ValueError(value)
+    return multipliers
+
+
+NUMBER, HEADS, SWITCH = "a whole number above 0", "a whole number above 0, or -1 for not used", "True or False"
+KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "image_size": (_number, NUMBER),
+    "num_channels": (_number, NUMBER),
+    "channel_mult": (_multipliers, "numbers such as 1,1,2,2,4,4"),
+    "num_res_blocks": (_number, NUMBER),
+    "attention_resolutions": (_resolutions, "numbers such as 32,16,8"),
+    "num_heads": (_heads, HEADS),
+    "num_head_channels": (_heads, HEADS),
+    "num_heads_upsample": (_heads, HEADS),
+    "use_new_attention_order": (_switch, SWITCH),
+    "use_scale_shift_norm": (_switch, SWITCH),
+    "resblock_updown": (_switch, SWITCH),
+    "conv_resample": (_switch, SWITCH),
+    "class_cond": (_switch, SWITCH),
+    "learn_sigma": (_switch, SWITCH),
+    "noise_schedule": (_schedule_name, "linear or cosine"),
+    "diffusion_steps": (_number, NUMBER),
+    "predict_xstart": (_switch, SWITCH),
+    "rescale_timesteps": (_switch, SWITCH),
+}
+IGNORED = (  # of training and sampling: D does not depend on them
+    "dropout",
+    "rescale_learned_sigmas",
+    "sigma_small",
+    "timestep_respacing",
+    "use_checkpoint",
+    "use_fp16",
+    "use_kl",
+)
+
+
+def _said(options: SourceOptions) -> dict[str, Any]:
+    """The preset under the user's own config, parsed; without what neither says."""
+    if options.preset is not None and options.preset not in PRESETS:
+        raise OptionError(f"{NAME} has no preset {options.preset!r}", hint=f"--preset takes {', '.join(PRESETS)}")
+    preset = PRESETS.get(options.preset or "", {})
+    if {"num_heads", "num_head_channels"} & set(options.config):  # one choice, made in two keys
+        preset = {key: value for key, value in preset.items() if key not in ("num_heads", "num_head_channels")}
+    said = {}
+    for key, value in (preset | options.config).items():
+        if key in IGNORED:
+            continue
+        if key not in KEYS:
+            raise OptionError(f"{NAME} has no config key {key!r}", hint=f"--config takes {', '.join(KEYS)}")
+        parse, wanted = KEYS[key]
+        try:
+            parsed = parse(value)
+        except (ValueError, TypeError, KeyError, ArithmeticError):
+            raise OptionError(
+                f"config {key} is {value!r}; wanted {wanted}", hint=f"correct {key} in --config"
+            ) from None
+        if parsed is not None:
+            said[key] = parsed
+    return said
+
+
+# What the tensors tell
+
+
+def _flat(node: Payload, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of nested dicts and its path, joined with dots."""
+    if isinstance(node, torch.Tensor):
+        yield path, node
+    elif isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _flat(value, f"{path}.{name}" if path else str(name))
+
+
+def _choose_weights(payload: Payload, wanted: str | None) -> tuple[Tensors, str]:
+    """One network's tensors under their own names, and "ema" or "model"."""
+    flat = dict(_flat(payload))
+    prefixes = [name.removesuffix(STEM) for name in flat if f".{name}".endswith(f".{STEM}")]
+    if not prefixes:
+        raise CheckpointError(f"no tensor is called {STEM}", hint=f"{NAME} is: {DESCRIPTION}")
+    if any("first_stage_model." in name or "diffusion_model." in name for name in flat):
+        raise CheckpointError(
+            "this is a latent diffusion model, whose network sees an autoencoder's codes",
+            hint="SDEdit here works on pixels: choose a checkpoint that was trained on them",
+        )
+    found = {"ema" if "ema" in re.split(r"[._]", prefix) else "model": prefix for prefix in prefixes}
+    if len(found) < len(prefixes):
+        raise CheckpointError(
+            f"the file holds several networks: {', '.join(f'{prefix}*' for prefix in prefixes)}",
+            hint="save the one to export in a file of its own",
+        )
+    weights = wanted or ("ema" if "ema" in found else "model")
+    if weights not in found:
+        raise OptionError(
+            f"the file holds no {weights} weights", hint=f"--weights {next(iter(found))}, or leave it out"
+        )
+    prefix = found[weights]
+    return {name.removeprefix(prefix): tensor for name, tensor in flat.items() if name.startswith(prefix)}, weights
+
+
+def _told(tensors: Tensors) -> dict[str, Any]:
+    """Config keys that names and shapes decide; `attention` holds downsampling factors."""
+
+    def shape(name: str, rank: int) -> torch.Size:
+        if name not in tensors:
+            raise CheckpointError(f"the file has no {name}", hint=f"{NAME} is: {DESCRIPTION}")
+        size = tensors[name].shape
+        if len(size) != rank or 0 in size:
+            raise CheckpointError(
+                f"{name} has shape {list(size)}; wanted {rank} dimensions", hint=f"{NAME} is: {DESCRIPTION}"
+            )
+        return size
+
+    def matching(pattern: str) -> list[re.Match[str]]:
+        return [match for name in tensors if (match := re.fullmatch(pattern, name))]
+
+    if not matching(r"output_blocks\..*"):
+        raise CheckpointError(
+            "the file has no output_blocks: it is a classifier, not a diffusion network",
+            hint="export the diffusion model that belongs to it",
+        )
+    channels, outputs = shape(STEM, 4)[1], shape("out.2.weight", 4)[0]
+    if channels not in (1, 3) or outputs not in (channels, 2 * channels):
+        raise CheckpointError(
+            f"the network takes {channels} channels and returns {outputs}: not a model of images alone",
+            hint="an upsampler, which also takes a small image, cannot be exported",
+        )
+
+    # Every level has as many input blocks, one of them (but at the start: the stem) for the change of resolution.
+    present = {int(match[1]) for match in matching(r"input_blocks\.(\d{1,6})\..*")}
+    count = max(present) + 1
+    pooled = count - len(present)  # a mean of 2x2 has no tensors
+    convolutions = len(matching(r"output_blocks\.\d+\.[12]\.conv\.weight"))
+    residuals = len(matching(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight"))
+    levels = 1 + max(pooled, convolutions, residuals)
+    if count % levels or count < 2 * levels:
+        raise CheckpointError(
+            f"{count} input_blocks do not make {levels} levels of equal depth", hint=f"{NAME} is: {DESCRIPTION}"
+        )
+    first = [1 + level * (count // levels) for level in range(levels)]
+    base = shape("time_embed.0.weight", 2)[1]
+    widths = [shape(f"input_blocks.{i}.0.in_layers.2.weight", 4)[0] for i in first]
+    classes = shape("label_emb.weight", 2)[0] if "label_emb.weight" in tensors else 0
+    return {
+        "channels": channels,
+        "classes": classes,
+        "num_channels": base,
+        "channel_mult": [Fraction(width, base) for width in widths],
+        "num_res_blocks": count // levels - 1,
+        "attention": {2**level for level, i in enumerate(first) if f"input_blocks.{i}.1.qkv.weight" in tensors},
+        "use_scale_shift_norm": shape("input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * widths[0],
+        "resblock_updown": residuals > 0,
+        "conv_resample": pooled == 0,
+        "class_cond": classes > 0,
+        "learn_sigma": outputs == 2 * channels,
+    }
+
+
+# Both together
+
+
+def _trained_size(config: dict[str, Any], asked: int | None) -> int | None:
+    """The image size of training: said, or from the levels with attention and their resolutions, or the usual one."""
+    if "image_size" in config:
+        return int(config["image_size"])
+    resolutions = config.get("attention_resolutions", [])
+    if resolutions and config["attention"]:
+        size = max(config["attention"]) * min(resolutions)
+        if {size // resolution for resolution in resolutions} == config["attention"]:
+            return size
+    usual = {tuple(_multipliers(text) or ()): size for size, text in MULTIPLIERS.items()}
+    return usual.get(tuple(config["channel_mult"]), asked)
+
+
+def _require_all(config: dict[str, Any], trained_size: int | None) -> None:
+    """Raise CheckpointError naming the keys that neither the tensors nor the user told."""
+    needed = ["noise_schedule", "diffusion_steps"]
+    if config.get("diffusion_steps", 1000) != 1000:  # at 1000 it changes nothing
+        needed.append("rescale_timesteps")
+    missing = [key for key in needed if key not in config]
+    if not {"num_heads", "num_head_channels"} & set(config):
+        missing.append("num_heads or num_head_channels")
+    one_head = config.get("num_heads") == config.get("num_heads_upsample", 1) == 1 and "num_head_channels" not in config
+    if not one_head and "use_new_attention_order" not in config:  # one head has one order
+        missing.append("use_new_attention_order")
+    if trained_size is None:
+        missing.append("image_size")
+    if missing:
+        raise CheckpointError(
+            f"the tensors do not tell {', '.join(missing)}",
+            hint="--config '{\"KEY\": VALUE, …}' with the flags of its training, or for a published model --preset: "
+            + ", ".join(PRESETS),
+        )
+
+
+def _network(config: dict[str, Any]) -> ADM:
+    """An ADM on the meta device."""
+    widths = tuple(int(multiplier * config["num_channels"]) for multiplier in config["channel_mult"])
+    attention = {level for level in range(len(widths)) if 2**level in config["attention"]}
+    num_heads = config.get("num_heads", 1)
+    num_heads_upsample = config.get("num_heads_upsample", num_heads)
+    num_head_channels = config.get("num_head_channels")
+    for width in widths:
+        if width % GROUPS:
+            raise CheckpointError(
+                f"a level has {width} channels; wanted a multiple of {GROUPS}",
+                hint="correct num_channels or channel_mult in --config",
+            )
+    parts = {"num_heads": num_heads, "num_heads_upsample": num_heads_upsample}
+    for key, part in ({"num_head_channels": num_head_channels} if num_head_channels else parts).items():
+        for width in sorted({widths[level] for level in (*attention, -1)}):
+            if width % part:
+                raise OptionError(
+                    f"config {key} is {part}, which does not divide the {width} channels of an attention layer",
+                    hint=f"correct {key} in --config",
+                )
+    with torch.device("meta"):
+        return ADM(
+            channels=config["channels"],
+            out_channels=config["channels"] * (2 if config["learn_sigma"] else 1),
+            model_channels=config["num_channels"],
+            widths=widths,
+            blocks=config["num_res_blocks"],
+            attention=attention,
+            num_heads=num_heads,
+            num_heads_upsample=num_heads_upsample,
+            num_head_channels=num_head_channels,
+            new_order=config.get("use_new_attention_order", False),
+            classes=config["classes"],
+            scale_shift=config["use_scale_shift_norm"],
+            updown=config["resblock_updown"],
+            conv_resample=config["conv_resample"],
+        )
+
+
+def _schedule(noise_schedule: str, steps: int) -> VPDiscrete:
+    """β of another number of levels than 1000 is scaled, so that noise at the end stays the same."""
+    if steps < 2 or (noise_schedule == "linear" and steps <= 20):  # β would reach 1
+        raise OptionError(
+            f"config diffusion_steps is {steps}, too few for the {noise_schedule} schedule",
+            hint="correct diffusion_steps in --config; the usual number is 1000",
+        )
+    return schedules.linear(0.1 / steps, 20 / steps, steps) if noise_schedule == "linear" else schedules.cosine(steps)
+
+
+def _spelled(config: dict[str, Any], trained_size: int) -> dict[str, Any]:
+    """The config as it was used, in the original's spelling, for the artifact's record."""
+    spelled = {key: config[key] for key in KEYS if key in config}
+    spelled["image_size"] = trained_size
+    spelled["channel_mult"] = ",".join(f"{float(multiplier):g}" for multiplier in config["channel_mult"])
+    spelled["attention_resolutions"] = ",".join(str(trained_size // factor) for factor in sorted(config["attention"]))
+    return spelled
+
+
+def build(payload: Payload, options: SourceOptions) -> Source:
+    """The network, its schedule and its size. Raises CheckpointError, OptionError."""
+    tensors, weights = _choose_weights(payload, options.weights)
+    config = _told(tensors) | _said(options)
+    trained_size = _trained_size(config, options.size)
+    _require_all(config, trained_size)
+    if "attention_resolutions" in config:
+        config["attention"] = {trained_size // resolution for resolution in config["attention_resolutions"]}
+    config["classes"] = classes = (config["classes"] or CLASSES) if config["class_cond"] else 0
+
+    net: torch.nn.Module = load_weights(
+        _network(config),
+        tensors,
+        hint="correct --preset or --config: what the tensors tell may be left out; another picture size is --size",
+    )
+    parameters = parameter_count(net)
+    if options.class_label is not None:
+        check_class_label(options.class_label, classes)
+        net = FixedLabel(net, options.class_label)
+    multiple = 2 ** (len(config["channel_mult"]) - 1)
+    size = trained_size if options.size is None else options.size
+    if size < 1 or size % multiple:
+        raise OptionError(
+            f"size is {size}; the network takes multiples of {multiple}",
+            hint=f"--size {max(1, round(size / multiple)) * multiple}",
+        )
+
+    steps, predicts = config["diffusion_steps"], "x0" if config.get("predict_xstart") else "eps"
+    sde = _schedule(config["noise_schedule"], steps)
+    open_label = classes > 0 and options.class_label is None
+    return Source(
+        family=NAME,
+        summary=f"ADM U-Net, {parameters / 1e6:.1f} M parameters, {size}x{size}, {classes or 'no'} classes, "
+        f"{config['noise_schedule']} schedule of {steps} levels, predicts {predicts}, {weights} weights",
+        net=net,
+        convention=Convention(
+            sde=sde,
+            predicts=predicts,
+            time="index",
+            time_scale=1000 / steps if config.get("rescale_timesteps") else 1.0,
+        ),
+        channels=config["channels"],
+        height=size,
+        width=size,
+        multiple=multiple,
+        weights=weights,
+        conditions={"class_label": {"dtype": "int64", "count": classes}} if open_label else {},
+        sigma_range=(float(sde.sigma(1 / steps)), float(sde.sigma(1.0))),
+        name=options.preset,
+        details={"config": _spelled(config, trained_size)},
+    )

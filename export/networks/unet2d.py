@@ -1,0 +1,97 @@
+"""diffusers' UNet2DModel (the U-Nets of Ho et al. 2020 and Song et al. 2021) made exact and plain to trace."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sdedit.export.checkpoints import CheckpointError
+
+CONFIG_HINT = """--config '{"scheduler": {…}, "unet": {…}}' replaces fields of the folder's JSON files"""
+
+
+def unet_on_meta(config: Mapping[str, Any]) -> nn.Module:
+    """diffusers' UNet2DModel without weights, made exact and plain to trace. Raises CheckpointError."""
+    kind = library().UNet2DModel
+    try:
+        with torch.device("meta"):
+            unet = kind(**config)
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"no UNet2DModel has this configuration: {error}", hint=CONFIG_HINT) from error
+    embedding = unet.time_proj
+    if type(embedding).__name__ == "Timesteps" and embedding.num_channels % 2 == 0:
+        shifted = rates(embedding.num_channels, embedding.downscale_freq_shift)
+        unet.time_proj = SinusoidalEmbedding(shifted, embedding.flip_sin_to_cos)
+    for block in (*unet.down_blocks, *unet.up_blocks):
+        if getattr(block, "resnet_down", None) is not None:
+            block.resnet_down.downsample = Resample(block.resnet_down.in_channels, up=False)
+            block.downsamplers = nn.ModuleList([Resample(3, up=False)])
+        if hasattr(block, "upsampler"):
+            block.upsampler = Resample(3, up=True)
+        if getattr(block, "resnet_up", None) is not None:
+            block.resnet_up.upsample = Resample(block.resnet_up.in_channels, up=True)
+    return unet
+
+
+class PlainUNet(nn.Module):
+    """net(x, label (B,), *conditions) -> a tensor, where diffusers' own returns an object."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.looks_up = isinstance(unet.time_proj, nn.Embedding)
+
+    def forward(self, x: Tensor, label: Tensor, *conditions: Tensor) -> Tensor:
+        return self.unet(x, label.long() if self.looks_up else label, *conditions, return_dict=False)[0]
+
+
+class SinusoidalEmbedding(nn.Module):
+    """label (B,) -> (B, 2 len(rates)), sines and cosines: Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
+
+    In the label's precision, where diffusers' own is float32 always.
+    """
+
+    def __init__(self, rates: Sequence[float], cosine_first: bool) -> None:
+        super().__init__()
+        self.rates, self.cosine_first = tuple(rates), cosine_first
+
+    def forward(self, label: Tensor) -> Tensor:
+        phase = label[:, None] * torch.tensor(self.rates, dtype=label.dtype, device=label.device)
+        return torch.cat((phase.cos(), phase.sin()) if self.cosine_first else (phase.sin(), phase.cos()), dim=1)
+
+
+def rates(channels: int, shift: float) -> list[float]:
+    """10000^(-k / (channels/2 - shift)), rounded as diffusers rounds them: networks were trained with those."""
+    k = torch.arange(channels // 2, dtype=torch.float32, device="cpu")
+    return torch.exp(-math.log(10000) * k / (channels // 2 - shift)).tolist()
+
+
+class Resample(nn.Module):
+    """Halve or double an image with the filter [1, 3, 3, 1] as one convolution: Song et al. 2021, appendix H.
+
+    What diffusers computes by inserting zeros, padding and striding by hand, in a dozen reshapes.
+    """
+
+    def __init__(self, channels: int, up: bool) -> None:
+        super().__init__()
+        self.channels, self.up = channels, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / (4 if self.up else 8)
+        kernel = (taps[:, None] * taps).expand(self.channels, 1, 4, 4)
+        convolve = F.conv_transpose2d if self.up else F.conv2d
+        return convolve(x, kernel, stride=2, padding=1, groups=self.channels)
+
+
+def library() -> Any:
+    """diffusers itself, whose import takes seconds. Raises CheckpointError where it is not installed."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise CheckpointError(
+            f"this kind of checkpoint needs the diffusers library: {error}", hint="pip install 'sdedit-engine[export]'"
+        ) from error
+    return diffusers

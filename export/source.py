@@ -1,0 +1,47 @@
+"""What every family's loader returns: a raw network, and all that is needed to make it D(x; σ)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sdedit.export.denoiser import Convention
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What the user says of a checkpoint that its file does not. None: not said."""
+
+    family: str | None = None
+    preset: str | None = None  # a published model, by name
+    config: dict[str, Any] = field(default_factory=dict)  # the original's own option names
+    size: int | None = None  # image height and width
+    weights: str | None = None  # "ema" or "model", where a file holds both
+    preconditioning: str | None = None  # EDM: vp, ve or edm
+    class_label: int | None = None  # folded in; None keeps it as an input of a class-conditional network
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network as it was trained: net(x, label (B,), *conditions) -> (B, C or 2C, H, W), in eval mode, float32."""
+
+    family: str
+    summary: str  # one line for the user: architecture, SDE, which weights
+    net: nn.Module
+    convention: Convention
+    channels: int
+    height: int
+    width: int
+    multiple: int  # other sizes the network accepts are multiples of this
+    weights: str  # "ema" or "model"
+    conditions: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `inputs` of the artifact's metadata
+    sigma_range: tuple[float, float] | None = None  # trained noise levels, in our frame
+    license: str | None = None
+    name: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)  # kept in the metadata's `source`
+
+
+Payload = Any  # a checkpoint as read: nested dicts and lists of tensors and plain values
+Tensors = dict[str, Any]  # a state dict: name -> torch.Tensor
+Location = Path

@@ -1,0 +1,469 @@
+"""`sdedit export`: any network in, one verified artifact out; what cannot be verified is not written."""
+
+import json
+import os
+import pickle
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+import sdedit
+from sdedit import artifact
+from sdedit.cli.main import main
+from sdedit.errors import ArtifactError, OptionError, OutOfTolerance
+from sdedit.export import export_denoiser, to_onnx
+from sdedit.export import schedules as published
+from sdedit.export.denoiser import Convention, Denoiser
+
+NETWORK = '''
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    """Six channels out: the last three are a learned variance."""
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(3, 8, 3, padding=1)
+        self.time = nn.Linear(1, 8)
+        self.outer = nn.Conv2d(8, 6, 3, padding=1)
+    def forward(self, x, label):
+        return self.outer(torch.sigmoid(self.inner(x) + self.time(label[:, None] / 1000)[:, :, None, None]))
+
+def tiny():
+    torch.manual_seed(0)
+    return Tiny()
+
+def number():
+    return 7
+
+def broken():
+    raise RuntimeError("no such file: weights.bin")
+'''
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder with a network in it, importable as `tinynet`."""
+    (tmp_path / "tinynet.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("tinynet", None)
+
+
+def tiny() -> nn.Module:
+    scope: dict = {}
+    exec(NETWORK, scope)
+    return scope["tiny"]()
+
+
+def run_artifact(path: Path, x: np.ndarray, sigma: np.ndarray, **conditions: float) -> np.ndarray:
+    return sdedit.load(path, backend="ort-cpu", threads=1).backend.bind(len(x), conditions)(x, sigma)
+
+
+def inputs(sigma: float, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    x = np.random.default_rng(0).normal(0, 1 + sigma, (2, 3, size, size)).astype(np.float32)
+    return x, np.full(2, sigma, np.float32)
+
+
+def by_the_formula(net: nn.Module, x: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """An eps network on the linear schedule of 1,000 levels, written out."""
+    sde = published.linear()
+    label = torch.from_numpy(1000 * sde.time(sigma) - 1).float()
+    state = torch.from_numpy(x / np.sqrt(1 + sigma[:, None, None, None] ** 2))
+    with torch.no_grad():
+        return x - sigma[:, None, None, None] * net(state, label)[:, :3].numpy()
+
+
+MODULE = ["--module", "tinynet:tiny", "--sde", "linear", "--size", "16"]
+
+
+# --- any module ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.7, 12.0, 140.0])
+def test_a_module_becomes_d_of_x_and_sigma(here, sigma):
+    assert main(["export", *MODULE, "-o", "tiny.onnx"]) == 0
+    x, sigmas = inputs(sigma)
+    expected = by_the_formula(tiny(), x, sigmas)
+    np.testing.assert_allclose(run_artifact(here / "tiny.onnx", x, sigmas), expected, atol=2e-5 * (1 + sigma))
+
+
+def test_its_weights_come_from_the_checkpoint_ema_first(here):
+    other, average = tiny(), tiny()
+    for net, level in ((other, 0.1), (average, 0.2)):
+        for p in net.parameters():
+            nn.init.constant_(p, level)
+    torch.save({"model": other.state_dict(), "ema": average.state_dict(), "step": 3}, "weights.pt")
+    for flags, net in (([], average), (["--weights", "model"], other)):
+        assert main(["export", "weights.pt", *MODULE, *flags, "-o", "tiny.onnx", "--force"]) == 0
+        x, sigmas = inputs(1.0)
+        np.testing.assert_allclose(
+            run_artifact(here / "tiny.onnx", x, sigmas), by_the_formula(net, x, sigmas), atol=1e-4
+        )
+
+
+def test_what_was_recognised_and_the_table_are_shown(here, capsys):
+    assert main(["export", *MODULE, "-o", "tiny.onnx"]) == 0
+    said = capsys.readouterr()
+    assert "recognised: module: Tiny, 0.0 M parameters, predicts eps, model weights" in said.err
+    assert said.out.count("schedule") == 8
+    assert said.out.count("edit") == 8
+    assert said.out.endswith("tolerance 1e-05: ok\ntiny.onnx\n")
+
+
+def test_json_is_one_object_with_the_verification(here, capsys):
+    assert main(["export", *MODULE, "-o", "tiny.onnx", "--name", "mine", "--license", "MIT", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["output"] == "tiny.onnx"
+    assert found["verification"]["within"] is True
+    written = artifact.read(here / "tiny.onnx").metadata
+    assert written["name"] == "mine"
+    assert written["license"] == "MIT"
+    assert written["verification"]["within"] is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--module", "tinynet"], 2, "--module tinynet: not of the form package.module:factory"),
+        (["--module", "tinynet:other"], 2, "--module tinynet:other: AttributeError: module 'tinynet' has no attribute"),
+        (["--module", "nothere:net"], 2, "--module nothere:net: ModuleNotFoundError: No module named 'nothere'"),
+        (["--module", "tinynet:broken"], 2, "--module tinynet:broken: RuntimeError: no such file: weights.bin"),
+        (["--module", "tinynet:number"], 2, "--module tinynet:number: returned a int, not a torch.nn.Module"),
+        (["--sde", "quartic"], 2, "--sde quartic: no schedule is called 'quartic'"),
+        (["--predicts", "noise"], 2, "predicts is 'noise'"),
+        (["--precision", "fp8"], 2, "unknown precision 'fp8'"),
+        (["--opset", "17"], 2, "opset is 17; wanted 18 to 22 for fp32"),
+        (["--guide", "none.png"], 1, "none.png: no such file"),
+        (["-o", "tiny.plan"], 2, "tiny.plan: an artifact's name ends in .onnx"),
+        (["-o", "no/tiny.onnx"], 1, "no: no such folder"),
+        (["--checkpoint", "none.pt"], 1, "none.pt: no such file"),
+    ],
+)
+def test_a_wrong_option_is_one_error_and_nothing_is_written(here, capsys, flags, code, message):
+    before = sorted(here.iterdir())
+    assert main(["export", *MODULE, "-o", "tiny.onnx", *flags]) == code
+    error, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert error.startswith(f"error: {message}")
+    assert hint.startswith("hint: ")
+    assert [path for path in sorted(here.iterdir()) if path.name != "__pycache__"] == before
+
+
+def test_a_checkpoint_that_does_not_fit_names_the_tensors(here, capsys):
+    wrong = tiny().state_dict()
+    wrong["inner.weight"] = torch.zeros(8, 4, 3, 3)
+    wrong |= {f"extra.{n}": torch.zeros(1) for n in range(7)}
+    del wrong["time.bias"]
+    torch.save(wrong, "wrong.pt")
+    assert main(["export", "wrong.pt", *MODULE, "-o", "tiny.onnx"]) == 1
+    assert (
+        "inner.weight has shape [8, 4, 3, 3], expected [8, 3, 3, 3]; 1 missing (time.bias); "
+        "7 unexpected (extra.0, extra.1, extra.2, extra.3, extra.4, …)"
+    ) in capsys.readouterr().err
+
+
+def test_an_existing_file_is_kept_without_force(here, capsys):
+    Path("tiny.onnx").write_text("precious")
+    assert main(["export", *MODULE, "-o", "tiny.onnx"]) == 1
+    assert Path("tiny.onnx").read_text() == "precious"
+    assert "tiny.onnx: exists already" in capsys.readouterr().err
+
+
+# --- from Python ---------------------------------------------------------------------------------------------------
+
+
+def test_export_denoiser_does_the_same_from_python(tmp_path):
+    report = export_denoiser(tiny(), tmp_path / "tiny.onnx", sde=published.linear(), size=(16, 24))
+    assert report.within
+    assert artifact.read(tmp_path / "tiny.onnx").frame() == (24, 16)
+
+
+def test_a_class_label_stays_an_input(tmp_path):
+    class Labelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.table = tiny(), nn.Embedding(4, 6)
+
+        def forward(self, x, label, class_label):
+            return self.net(x, label) + self.table(class_label)[:, :, None, None]
+
+    conditions = {"class_label": {"dtype": "int64", "count": 4}}
+    export_denoiser(Labelled(), tmp_path / "labelled.onnx", sde="linear", size=16, conditions=conditions)
+    x, sigma = inputs(1.0)
+    images = [run_artifact(tmp_path / "labelled.onnx", x, sigma, class_label=k) for k in (0, 3)]
+    assert np.abs(images[0] - images[1]).max() > 0.1
+    with pytest.raises(OptionError, match="class_label is 4"):
+        run_artifact(tmp_path / "labelled.onnx", x, sigma, class_label=4)
+
+
+class Forgetful(nn.Module):
+    """Says something else when it is traced than when it runs."""
+
+    def forward(self, x, label):
+        return x * (2.0 if torch.jit.is_tracing() else 2.001)
+
+
+def test_what_is_out_of_tolerance_is_not_written(tmp_path):
+    with pytest.raises(OutOfTolerance, match=r"not written: error .* tolerance 1e-05"):
+        export_denoiser(Forgetful(), tmp_path / "wrong.onnx", sde="linear", size=16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_of_tolerance_exits_3_unless_allowed_and_then_it_is_marked(here, capsys):
+    (here / "tinynet.py").write_text(
+        "import torch\nclass F(torch.nn.Module):\n    def forward(self, x, label):\n"
+        "        return x * (2.0 if torch.jit.is_tracing() else 2.001)\n"
+    )
+    flags = ["export", "--module", "tinynet:F", "--sde", "linear", "--size", "16", "-o", "wrong.onnx"]
+    assert main(flags) == 3
+    assert not Path("wrong.onnx").exists()
+    said = capsys.readouterr()
+    assert "FAILED" in said.out
+    assert "error: wrong.onnx: not written" in said.err
+    assert main([*flags, "--allow-inaccurate"]) == 3
+    assert artifact.read(here / "wrong.onnx").metadata["verification"]["within"] is False
+
+
+def test_any_size_that_is_a_multiple(tmp_path):
+    export_denoiser(tiny(), tmp_path / "free.onnx", sde="linear", size=16, dynamic=True, multiple=4)
+    editor = sdedit.load(tmp_path / "free.onnx", threads=1)
+    guide = np.full((20, 40, 3), 128, np.uint8)
+    assert editor.edit(guide, steps=2, size=(40, 20)).images[0].size == (40, 20)
+    assert editor.edit(guide, steps=2).images[0].size == (16, 16)
+    with pytest.raises(OptionError, match="size is 42x20; free takes multiples of 4"):
+        editor.edit(guide, steps=2, size=(42, 20))
+
+
+def test_a_fixed_model_refuses_another_size(tmp_path, capsys):
+    export_denoiser(tiny(), tmp_path / "fixed.onnx", sde="linear", size=16)
+    with pytest.raises(OptionError, match="size is 32x32; fixed is fixed to 16x16"):
+        sdedit.load(tmp_path / "fixed.onnx", threads=1).edit(np.zeros((32, 32, 3), np.uint8), size=(32, 32))
+
+
+# --- somebody else's graph -----------------------------------------------------------------------------------------
+
+
+class Sigmas(nn.Module):
+    """A foreign interface: names of its own, int64 time or σ, and a class to fold in."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.table = tiny(), nn.Embedding(4, 6)
+
+    def forward(self, noisy, step, kind):
+        return self.net(noisy, step.float()) + self.table(kind)[:, :, None, None]
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    torch.manual_seed(0)
+    net = Sigmas().eval()
+    path = tmp_path_factory.mktemp("foreign") / "foreign.onnx"
+    examples = torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    names = ["noisy", "step", "kind"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            net, examples, str(path), input_names=names, output_names=["noise"], opset_version=17, dynamo=False,
+            dynamic_axes={name: {0: "N"} for name in (*names, "noise")},
+        )  # fmt: skip
+    return net, str(path)
+
+
+def test_a_foreign_graph_is_wrapped_in_our_conventions(foreign, tmp_path):
+    net, path = foreign
+    out = tmp_path / "ours.onnx"
+    assert (
+        main(["export", path, "--sde", "linear", "--inputs", "noisy,step", "--constant", "kind=2", "-o", str(out)]) == 0
+    )
+    x, sigma = inputs(2.0)
+    label = torch.from_numpy(np.round(1000 * published.linear().time(sigma) - 1)).long()
+    with torch.no_grad():
+        raw = net(torch.from_numpy(x) / 5**0.5, label, torch.full((2,), 2))[:, :3].numpy()
+    np.testing.assert_allclose(run_artifact(out, x, sigma), x - 2 * raw, atol=1e-4)
+    assert artifact.read(out).metadata["source"]["family"] == "onnx"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "an ONNX file without our metadata; its conventions must be said"),
+        (["--sde", "linear"], "has the inputs noisy, step, kind; which are the noisy image and the time label"),
+        (["--sde", "linear", "--inputs", "noisy,step"], "has a further input 'kind' and no value for it"),
+        (["--sde", "linear", "--inputs", "x,step"], "has no input 'x'"),
+        (["--sde", "linear", "--inputs", "noisy"], "--inputs names 1 inputs"),
+        (["--sde", "linear", "--constant", "kind=1", "--output-name", "eps"], "has no output 'eps'"),
+        (["--sde", "linear", "--constant", "kind=1", "--size", "32"], "is fixed to 16 x 16"),
+        (["--sde", "linear", "--inputs", "step,noisy", "--constant", "kind=1"], "is not a float32 image batch"),
+        (["--sde", "linear", "--constant", "kind=1", "--constant", "colour=1"], "has no input 'colour' to fold"),
+    ],
+)
+def test_a_foreign_graph_needs_to_be_told_what_is_what(foreign, tmp_path, capsys, flags, message):
+    assert main(["export", foreign[1], *flags, "-o", str(tmp_path / "ours.onnx")]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- our own artifacts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "own.onnx"
+    export_denoiser(tiny(), path, sde="linear", size=16, name="own", license="CC0-1.0")
+    return path
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 5e-3), ("bf16", 3e-2), ("int8", 0.2)])
+def test_an_artifact_changes_its_precision(own, tmp_path, precision, tolerance, capsys):
+    out = tmp_path / "reduced.onnx"
+    assert main(["export", str(own), "--precision", precision, "-o", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["verification"]["worst"]["error"] < tolerance
+    assert found["verification"]["images"]["steps"] == 50
+    opened = artifact.read(out)
+    assert (opened.precision, opened.name, opened.metadata["license"]) == (precision, "own", "CC0-1.0")
+    assert [t.element for t in (*opened.inputs, *opened.outputs)] == ["float32"] * 3
+
+
+@pytest.mark.parametrize("opset", [18, 20, 21, 22])
+def test_an_artifact_changes_its_opset(own, tmp_path, opset):
+    assert main(["export", str(own), "--opset", str(opset), "-o", str(tmp_path / "other.onnx")]) == 0
+    assert artifact.read(tmp_path / "other.onnx").opset == opset
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_beyond_one_file_go_beside_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(to_onnx, "LARGEST_FILE", 1000)
+    export_denoiser(tiny(), tmp_path / "large.onnx", sde="linear", size=16)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
+    opened = artifact.read(tmp_path / "large.onnx")
+    assert opened.size_bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    x, sigma = inputs(1.0)
+    np.testing.assert_allclose(
+        run_artifact(tmp_path / "large.onnx", x, sigma), by_the_formula(tiny(), x, sigma), atol=1e-4
+    )
+    before = opened.sha256
+    data = bytearray((tmp_path / "large.onnx.data").read_bytes())
+    data[100] ^= 1
+    (tmp_path / "large.onnx.data").write_bytes(data)
+    assert artifact.read(tmp_path / "large.onnx").sha256 != before
+
+
+def with_external(path: Path, location: str) -> Path:
+    """A model whose weight is said to lie at `location`."""
+    weight = numpy_helper.from_array(np.zeros((1, 3, 16, 16), np.float32), "w")
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value=location)
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "w"], ["denoised"])], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", 3, 16, 16]),
+         helper.make_tensor_value_info("sigma", TensorProto.FLOAT, ["B"])],
+        [helper.make_tensor_value_info("denoised", TensorProto.FLOAT, ["B", 3, 16, 16])], [weight],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    metadata = {
+        "format": 1,
+        "image": {"channels": 3, "height": 16, "width": 16},
+        "sde": {"kind": "vp", "beta_min": 0.1, "beta_max": 20},
+    }
+    helper.set_model_props(model, {"sdedit": json.dumps(metadata)})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    "location", ["../secret", "/etc/passwd", "a/../../secret", "C:\\secret", "\\\\host\\secret", "..\\secret", ""]
+)
+def test_external_data_may_not_leave_the_folder(tmp_path, location):
+    (tmp_path / "secret").write_bytes(bytes(3072))
+    (tmp_path / "in").mkdir()
+    path = with_external(tmp_path / "in" / "model.onnx", location)
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        artifact.read(path)
+
+
+def test_external_data_that_is_missing_is_named(tmp_path):
+    path = with_external(tmp_path / "model.onnx", "model.onnx.data")
+    with pytest.raises(ArtifactError, match=r"its weights are in 'model.onnx.data', which is not beside it"):
+        artifact.read(path)
+
+
+# --- nothing in a checkpoint runs ----------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch-legacy", "pickle"])
+@pytest.mark.parametrize("flags", [[], MODULE])
+def test_a_malicious_checkpoint_does_not_run(here, capsys, kind, flags):
+    payload = {"state_dict": Bomb(), "model": {"w": torch.zeros(1)}}
+    if kind == "pickle":
+        Path("evil.pkl").write_bytes(pickle.dumps({"ema": Bomb()}))
+    else:
+        torch.save(payload, "evil.pkl", _use_new_zipfile_serialization=kind == "torch")
+    assert main(["export", "evil.pkl", *flags, "-o", "out.onnx"]) == 1
+    error = capsys.readouterr().err
+    assert "mkdir" in error
+    assert "only tensors and plain containers" in error
+    assert not Path("ran").exists()
+    assert not Path("out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "neither safetensors nor a PyTorch file nor a pickle"),
+        (b"PK\x03\x04" + bytes(100), "a damaged PyTorch file"),
+        ((8).to_bytes(8, "little") + b"{" + bytes(99), "not a whole safetensors file"),
+        (b"\x80\x04\x95", "pickle"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_one_clear_error(here, capsys, content, message):
+    Path("weights.pt").write_bytes(content)
+    assert main(["export", "weights.pt", "-o", "out.onnx"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_kind_lists_what_was_looked_for_and_the_nearest(here, capsys):
+    torch.save({"time_embed.0.weight": torch.zeros(4, 4), "other.weight": torch.zeros(1)}, "odd.pt")
+    assert main(["export", "odd.pt", "-o", "out.onnx"]) == 1
+    error = capsys.readouterr().err
+    assert "odd.pt: of no known kind (nearest is guided-diffusion" in error
+    for family in ("diffusers", "ddpm", "score-sde", "edm"):
+        assert f"{family}: " in error
+    assert "--module package.module:factory" in error
+
+
+def test_a_folder_that_is_no_diffusers_model_is_refused(here, capsys):
+    assert main(["export", str(here), "-o", "out.onnx"]) == 1
+    assert "a folder, and not a diffusers model" in capsys.readouterr().err
+
+
+def test_presets_are_listed(capsys):
+    assert main(["export", "--preset", "list", "-o", "-"]) == 0
+    assert "score-sde: " in capsys.readouterr().out
+
+
+def test_the_traced_conventions_are_the_modules(tmp_path):
+    """What the exporter folds in is Denoiser itself: one statement of the formulas."""
+    net = tiny()
+    convention = Convention(published.cosine(), "v", "continuous", 1000.0)
+    model = to_onnx.trace(Denoiser(net, convention), (3, 16, 16))
+    onnx.checker.check_model(model, full_check=True)
+    assert {i.name for i in model.graph.input} == {"x", "sigma"}
