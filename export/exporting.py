@@ -125,7 +125,7 @@ def write(
             model = precisions.quantize(model, calibration(graph, sde, frames))
         metadata = {**graph.metadata, "precision": precision}
         runnable = scratch / path.name
-        if precision == "bf16":  # ONNX Runtime has no bfloat16 convolutions on the CPU
+        if precision in ("fp16", "bf16"):  # as a GPU rounds: ONNX Runtime's CPU has no bf16, and drops fp16 roundings
             runnable = scratch / "emulated.onnx"
             to_onnx.save(precisions.emulate(model), runnable, metadata)
         files = to_onnx.save(model, scratch / path.name, metadata)

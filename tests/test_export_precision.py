@@ -315,6 +315,16 @@ def test_tied_weights_are_stored_once_in_half() -> None:
     assert "Identity" not in {node.op_type for node in reduced.graph.node}
 
 
+@pytest.mark.parametrize(("precision", "wanted"), [("fp16", TensorProto.FLOAT16), ("bf16", FLOAT)])
+def test_an_operator_without_bfloat16_stays_float32_there(precision: str, wanted: int) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["q"]),
+        helper.make_node("Einsum", ["q", "q"], ["qk"], equation="bcij,bckj->bcik"),
+        helper.make_node("Conv", ["qk", "w"], ["denoised"]),
+    ]
+    assert types(halve(one_input(nodes, {"w": np.ones((2, 2, 1, 1), np.float32)}), precision))["qk"] == wanted
+
+
 # --- values ------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from sdedit.errors import OptionError
 from sdedit.export.checkpoints import CheckpointError
 from sdedit.export.denoiser import Denoiser
 from sdedit.export.families import score_sde
-from sdedit.export.networks.ncsnpp import Resample
+from sdedit.export.networks.fir import Resample
 from sdedit.export.source import Source, SourceOptions
 
 Shapes = dict[str, tuple[int, ...]]

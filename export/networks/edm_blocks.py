@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Taps = tuple[float, ...]
+from sdedit.export.networks import fir
+from sdedit.export.networks.fir import Taps, smooth
 
 
 @dataclass(frozen=True)
@@ -37,49 +38,42 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
-def resample(x: Tensor, channels: int, how: str, taps: Taps, padding: int) -> Tensor:
-    """(B, C, H, W) -> twice ("up") or half ("down") the size: each channel filtered by the outer product of taps."""
-    if len(taps) == 2 and taps[0] == taps[1]:  # nearest neighbour, and the mean of four
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if how == "up" else F.avg_pool2d(x, 2)
-    gain = (2 if how == "up" else 1) / sum(taps)
-    rows = [[[[a * b * gain**2 for b in taps] for a in taps]]] * channels
-    kernel = torch.tensor(rows, dtype=x.dtype, device=x.device)  # (C, 1, taps, taps)
-    if how == "up":
-        return F.conv_transpose2d(x, kernel, stride=2, padding=padding, groups=channels)
-    return F.conv2d(x, kernel, stride=2, padding=padding, groups=channels)
-
-
 def filter_buffer(taps: Taps) -> Tensor:
     """As files hold it: (1, 1, taps, taps) with sum 1. Not read in forward, which has the taps themselves."""
     row = torch.tensor(taps, dtype=torch.float32) / sum(taps)
     return torch.outer(row, row)[None, None]
 
 
-class Resample(nn.Module):
+class Resample(fir.Resample):
     """Twice ("up") or half ("down") the size, without weights."""
 
     def __init__(self, channels: int, how: str, taps: Taps) -> None:
-        super().__init__()
-        self.channels, self.how, self.taps = channels, how, taps
+        super().__init__(channels, up=how == "up", taps=taps)
         self.register_buffer("resample_filter", filter_buffer(taps))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return resample(x, self.channels, self.how, self.taps, (len(self.taps) - 1) // 2)
 
 
 class ResampleConv(nn.Conv2d):
-    """A resampling, then a convolution; `fused`: the convolution, then the filter, on a border that both have left."""
+    """A resampling, then a convolution."""
 
-    def __init__(self, width: int, out: int, kernel: int, how: str, taps: Taps, *, fused: bool = False) -> None:
-        border = (len(taps) - 1) // 2
-        super().__init__(width, out, kernel, padding=kernel // 2 + (border if fused else 0))
-        self.how, self.taps, self.border, self.fused = how, taps, border, fused
+    def __init__(self, width: int, out: int, kernel: int, how: str, taps: Taps) -> None:
+        super().__init__(width, out, kernel, padding=kernel // 2)
+        self.resample = fir.Resample(width, up=how == "up", taps=taps)
         self.register_buffer("resample_filter", filter_buffer(taps))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            return resample(super().forward(x), self.out_channels, self.how, self.taps, 0)
-        return super().forward(resample(x, self.in_channels, self.how, self.taps, self.border))
+        return super().forward(self.resample(x))
+
+
+class FusedDown(nn.Conv2d):
+    """A 3x3 convolution, then the filter to half the size, on a border that both have left."""
+
+    def __init__(self, width: int, out: int, taps: Taps) -> None:
+        super().__init__(width, out, 3, padding=1 + (len(taps) - 1) // 2)
+        self.taps = taps
+        self.register_buffer("resample_filter", filter_buffer(taps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return smooth(super().forward(x), self.out_channels, self.taps, stride=2, padding=0)
 
 
 class UNetBlock(nn.Module):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdedit.export.networks.fir import Resample, Taps, smooth
+
 HALF = math.sqrt(0.5)  # keeps the variance of a sum of two
 
 
@@ -23,34 +25,10 @@ def conv3x3(c_in: int, c_out: int) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
-def fir(x: Tensor, channels: int, taps: tuple[float, ...], *, up: int = 1, down: int = 1, padding: int) -> Tensor:
-    """Filter each channel by the outer product of symmetric taps, with zeros outside; `up` or `down` is the stride."""
-    gain = up / sum(taps)
-    rows = [[[[a * b * gain**2 for b in taps] for a in taps]]] * channels
-    kernel = torch.tensor(rows, dtype=x.dtype, device=x.device)  # (C, 1, taps, taps)
-    if up > 1:
-        return F.conv_transpose2d(x, kernel, stride=up, padding=padding, groups=channels)
-    return F.conv2d(x, kernel, stride=down, padding=padding, groups=channels)
-
-
-class Resample(nn.Module):
-    """(B, C, H, W) -> twice or half the size, without weights. No taps: nearest neighbour, or the mean of four."""
-
-    def __init__(self, channels: int, *, up: bool, taps: tuple[float, ...]) -> None:
-        super().__init__()
-        self.channels, self.up, self.taps = channels, up, taps
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.taps:
-            up, down = (2, 1) if self.up else (1, 2)
-            return fir(x, self.channels, self.taps, up=up, down=down, padding=len(self.taps) // 2 - 1)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.avg_pool2d(x, 2)
-
-
 class ConvDown(nn.Module):
     """(B, in, H, W) -> (B, out, H/2, W/2): a 3x3 convolution, after the FIR filter if there are taps."""
 
-    def __init__(self, c_in: int, c_out: int, taps: tuple[float, ...]) -> None:
+    def __init__(self, c_in: int, c_out: int, taps: Taps) -> None:
         super().__init__()
         self.channels, self.taps = c_in, taps
         conv = nn.Conv2d(c_in, c_out, 3, stride=2)
@@ -61,7 +39,7 @@ class ConvDown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.taps:
-            return self.Conv2d_0(fir(x, self.channels, self.taps, padding=len(self.taps) // 2))
+            return self.Conv2d_0(smooth(x, self.channels, self.taps, stride=1, padding=len(self.taps) // 2))
         return self.Conv_0(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -93,15 +71,14 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, *, rescale: bool) -> None:
         super().__init__()
-        self.temperature, self.scale = channels**-0.5, HALF if rescale else 1.0
+        self.scale = HALF if rescale else 1.0
         self.GroupNorm_0 = group_norm(channels)
         self.NIN_0, self.NIN_1, self.NIN_2, self.NIN_3 = (NIN(channels, channels) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.GroupNorm_0(x)
-        q, k, v = (nin(h).flatten(2) for nin in (self.NIN_0, self.NIN_1, self.NIN_2))  # each (B, C, H*W)
-        w = (q.transpose(1, 2) @ k * self.temperature).softmax(dim=-1)
-        h = (v @ w.transpose(1, 2)).reshape(x.shape)
+        q, k, v = (nin(h).flatten(2).transpose(1, 2)[:, None] for nin in (self.NIN_0, self.NIN_1, self.NIN_2))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)  # of (B, 1, H*W, C)
         return (x + self.NIN_3(h)) * self.scale
 
 
@@ -190,7 +167,7 @@ class NCSNpp(nn.Module):
         fourier: bool,
         conditional: bool,
         biggan: bool,
-        taps: tuple[float, ...],
+        taps: Taps,
         resamp_with_conv: bool,
         skip_rescale: bool,
         progressive: str,

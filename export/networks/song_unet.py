@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdedit.export.networks.edm_blocks import (
+    FusedDown,
     Resample,
-    ResampleConv,
     Style,
     Taps,
     UNetBlock,
@@ -98,7 +98,7 @@ class SongUNet(nn.Module):
                     self.enc[f"{name}_aux_down"] = Resample(aux, "down", resample_filter)
                     self.enc[f"{name}_aux_skip"] = nn.Conv2d(aux, width, 1)
                 if encoder_type == "residual":
-                    residual = ResampleConv(aux, width, 3, "down", resample_filter, fused=True)
+                    residual = FusedDown(aux, width, resample_filter)
                     self.enc[f"{name}_aux_residual"] = residual
                     aux = width
             kept.append(width)

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sdedit.export.checkpoints import CheckpointError
+from sdedit.export.networks.fir import Resample
 
+TAPS = (1.0, 3.0, 3.0, 1.0)  # of the library's FIR layers
 CONFIG_HINT = """--config '{"scheduler": {…}, "unet": {…}}' replaces fields of the folder's JSON files"""
 
 
@@ -27,12 +28,12 @@ def unet_on_meta(config: Mapping[str, Any]) -> nn.Module:
         unet.time_proj = SinusoidalEmbedding(shifted, embedding.flip_sin_to_cos)
     for block in (*unet.down_blocks, *unet.up_blocks):
         if getattr(block, "resnet_down", None) is not None:
-            block.resnet_down.downsample = Resample(block.resnet_down.in_channels, up=False)
-            block.downsamplers = nn.ModuleList([Resample(3, up=False)])
+            block.resnet_down.downsample = Resample(block.resnet_down.in_channels, up=False, taps=TAPS)
+            block.downsamplers = nn.ModuleList([Resample(3, up=False, taps=TAPS)])
         if hasattr(block, "upsampler"):
-            block.upsampler = Resample(3, up=True)
+            block.upsampler = Resample(3, up=True, taps=TAPS)
         if getattr(block, "resnet_up", None) is not None:
-            block.resnet_up.upsample = Resample(block.resnet_up.in_channels, up=True)
+            block.resnet_up.upsample = Resample(block.resnet_up.in_channels, up=True, taps=TAPS)
     return unet
 
 
@@ -67,23 +68,6 @@ def rates(channels: int, shift: float) -> list[float]:
     """10000^(-k / (channels/2 - shift)), rounded as diffusers rounds them: networks were trained with those."""
     k = torch.arange(channels // 2, dtype=torch.float32, device="cpu")
     return torch.exp(-math.log(10000) * k / (channels // 2 - shift)).tolist()
-
-
-class Resample(nn.Module):
-    """Halve or double an image with the filter [1, 3, 3, 1] as one convolution: Song et al. 2021, appendix H.
-
-    What diffusers computes by inserting zeros, padding and striding by hand, in a dozen reshapes.
-    """
-
-    def __init__(self, channels: int, up: bool) -> None:
-        super().__init__()
-        self.channels, self.up = channels, up
-
-    def forward(self, x: Tensor) -> Tensor:
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / (4 if self.up else 8)
-        kernel = (taps[:, None] * taps).expand(self.channels, 1, 4, 4)
-        convolve = F.conv_transpose2d if self.up else F.conv2d
-        return convolve(x, kernel, stride=2, padding=1, groups=self.channels)
 
 
 def library() -> Any:
