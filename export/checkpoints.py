@@ -4,13 +4,14 @@ Files: safetensors, PyTorch's own formats (weights only), and other pickles thro
 built on the meta device and compared with the file name by name and shape by shape before memory is spent.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sdedit.errors import SdeditError
+from sdedit.errors import OptionError, SdeditError
 from sdedit.export.source import Payload
 
 SHOWN = 5  # names listed in an error
@@ -101,6 +102,28 @@ def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
     """The tensors with `prefix` cut off, where every name begins with it; else as they are."""
     cut = all(name.startswith(prefix) for name in tensors)
     return {name.removeprefix(prefix) if cut else name: tensor for name, tensor in tensors.items()}
+
+
+def find_network(names: Iterable[str], stem: str, wanted: str | None) -> tuple[str, str]:
+    """Where in a checkpoint the network lies that has a tensor `stem`: the prefix of its names, and "ema" or "model".
+
+    The averaged one where there are both, unless `wanted` says. Raises CheckpointError, OptionError.
+    """
+    prefixes = [name.removesuffix(stem) for name in names if f".{name}".endswith(f".{stem}")]
+    if not prefixes:
+        raise CheckpointError(f"no tensor is called {stem}", hint="leave --family out: content tells it")
+    found = {"ema" if "ema" in re.split(r"[._]", prefix) else "model": prefix for prefix in prefixes}
+    if len(found) < len(prefixes):
+        raise CheckpointError(
+            f"the file holds several networks: {', '.join(f'{prefix}*' for prefix in prefixes)}",
+            hint="save the one to export in a file of its own",
+        )
+    weights = wanted or ("ema" if "ema" in found else "model")
+    if weights not in found:
+        raise OptionError(
+            f"the file holds no {weights} weights", hint=f"--weights {next(iter(found))}, or leave it out"
+        )
+    return found[weights], weights
 
 
 def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], *, hint: str) -> nn.Module:

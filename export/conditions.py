@@ -1,13 +1,25 @@
 """What a network asks for beside the image and its noise level: a class, open or folded in."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from sdedit.errors import OptionError
+from sdedit.export.source import Source
 
 
-def check_class_label(label: int, count: int) -> None:
-    """Raise OptionError unless `label` is one of a network's `count` classes (0: it has none)."""
+def classes(count: int) -> dict[str, dict[str, Any]]:
+    """The `conditions` of a network with this many classes; 0 for none."""
+    return {"class_label": {"dtype": "int64", "count": count}} if count else {}
+
+
+def with_class_label(source: Source, label: int | None) -> Source:
+    """The source with this class folded in; None leaves it an input. Raises OptionError for a class it has not."""
+    if label is None:
+        return source
+    count = source.conditions["class_label"]["count"] if "class_label" in source.conditions else 0
     if count == 0:
         raise OptionError(
             f"class label {label} was given, and the network is not class-conditional", hint="leave --class-label out"
@@ -17,6 +29,7 @@ def check_class_label(label: int, count: int) -> None:
             f"class label {label} is not one of the network's {count} classes",
             hint=f"--class-label takes a whole number from 0 to {count - 1}",
         )
+    return replace(source, net=FixedLabel(source.net, label), conditions={})
 
 
 class FixedLabel(nn.Module):

@@ -47,11 +47,6 @@ def from_source(source: Source, *, opset: int | None = None, dynamic: bool = Fal
     """Trace a network that a family's loader returned."""
     denoiser = Denoiser(source.net, source.convention).eval()
     shape = (source.channels, source.height, source.width)
-    if off := [size for size in shape[1:] if size % source.multiple]:
-        raise OptionError(
-            f"size is {off[0]}; this network takes multiples of {source.multiple}",
-            hint=f"--size {max(1, round(off[0] / source.multiple)) * source.multiple}",
-        )
     traced = min(chosen_opset(opset, OPSETS[0], "fp32"), max(to_onnx.TRACED_OPSETS))
     model = to_onnx.trace(denoiser, shape, source.conditions, opset=traced, dynamic=dynamic)
     conditions = {n: float(min(1, declared.get("count", 2) - 1)) for n, declared in source.conditions.items()}

@@ -1,11 +1,11 @@
 """What every family's loader returns: a raw network, and all that is needed to make it D(x; σ)."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from sdedit.errors import OptionError
 from sdedit.export.denoiser import Convention
 
 
@@ -41,7 +41,14 @@ class Source:
     name: str | None = None
     details: dict[str, Any] = field(default_factory=dict)  # kept in the metadata's `source`
 
+    def __post_init__(self) -> None:
+        for size in (self.height, self.width):
+            if size < 1 or size % self.multiple:
+                raise OptionError(
+                    f"size is {size}; the network takes multiples of {self.multiple}",
+                    hint=f"--size {max(1, round(size / self.multiple)) * self.multiple}",
+                )
+
 
 Payload = Any  # a checkpoint as read: nested dicts and lists of tensors and plain values
 Tensors = dict[str, Any]  # a state dict: name -> torch.Tensor
-Location = Path

@@ -319,7 +319,7 @@ def test_the_graph_is_plain(tensors: Tensors) -> None:
 
 def refused(payload: Any, text: str, hint: str = "", **options: Any) -> None:
     with pytest.raises((CheckpointError, OptionError)) as caught:
-        ddpm.build(payload, SourceOptions(**options))
+        families.finish(ddpm.build(payload, SourceOptions(**options)), SourceOptions(**options))
     assert text in str(caught.value)
     assert hint in caught.value.hint
 
@@ -362,7 +362,7 @@ def test_a_configuration_that_is_unknown_or_contradicts_the_tensors_is_refused(
 def test_options_that_do_not_apply_are_refused(tensors: Tensors) -> None:
     refused(tensors, "the checkpoint has no 'ema' weights", "--weights model", weights="ema")
     refused(tensors, "family ddpm has no preset 'church'", "sdedit-church-256", preset="church")
-    refused(tensors, "networks of family ddpm have no classes", "--class-label", class_label=1)
+    refused(tensors, "the network is not class-conditional", "--class-label", class_label=1)
     refused(tensors, "ch is 128, and the file's tensors say 32", "not this file's", preset="sdedit-church-256")
 
 

@@ -249,7 +249,7 @@ def test_a_class_stays_an_input_or_is_folded_in(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     label, classes = torch.tensor([3.0, 900.0]), torch.tensor([6, 6])
     free = family.build_folder(tmp_path, NONE)
-    fixed = family.build_folder(tmp_path, SourceOptions(class_label=6))
+    fixed = families.finish(free, SourceOptions(class_label=6))
     assert free.conditions == {"class_label": {"dtype": "int64", "count": 7}}
     assert fixed.conditions == {}
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_a_class_stays_an_input_or_is_folded_in(tmp_path: Path) -> None:
         close(free.net(x, label, classes), wanted)
         close(fixed.net(x, label), wanted)
     with pytest.raises(OptionError, match="class label 7 is not one of the network's 7 classes"):
-        family.build_folder(tmp_path, SourceOptions(class_label=7))
+        families.finish(free, SourceOptions(class_label=7))
 
 
 def test_a_learned_variance_is_dropped_and_a_frame_need_not_be_square(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_the_user_s_fields_replace_the_folder_s(folder: Path) -> None:
 
 def refused(folder: Path, text: str, hint: str = "", **options: Any) -> None:
     with pytest.raises((CheckpointError, OptionError)) as caught:
-        family.build_folder(folder, SourceOptions(**options))
+        families.finish(family.build_folder(folder, SourceOptions(**options)), SourceOptions(**options))
     assert text in str(caught.value)
     assert hint in caught.value.hint
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sdedit import sde
 from sdedit.errors import OptionError
-from sdedit.export import pickles, to_onnx
+from sdedit.export import families, pickles, to_onnx
 from sdedit.export.checkpoints import CheckpointError, tensor_names
 from sdedit.export.denoiser import Convention, Denoiser
 from sdedit.export.families import edm
@@ -164,7 +164,8 @@ def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def built(name: str, **options: Any) -> Source:
     tensors, kind, _ = case(name)
-    return edm.build(under("model.", tensors), SourceOptions(**{"preconditioning": kind} | options))
+    said = SourceOptions(**{"preconditioning": kind} | options)
+    return families.finish(edm.build(under("model.", tensors), said), said)
 
 
 def original(name: str, **attributes: Any) -> bytes:
@@ -409,8 +410,9 @@ def test_a_class_that_does_not_exist_is_an_error() -> None:
 
 def refused(payload: Any, **options: Any) -> tuple[str, str]:
     """Message and hint."""
+    said = SourceOptions(**{"preconditioning": "edm"} | options)
     with pytest.raises((CheckpointError, OptionError)) as error:
-        edm.build(payload, SourceOptions(**{"preconditioning": "edm"} | options))
+        families.finish(edm.build(payload, said), said)
     return str(error.value), error.value.hint
 
 

@@ -245,12 +245,13 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what tensors tell
 def build(tensors: Any, **options: Any) -> Source:
     """With the config of UNTOLD under the one given."""
     config = UNTOLD | options.pop("config", {})
-    return guided_diffusion.build(tensors, SourceOptions(config=config, **options))
+    said = SourceOptions(config=config, **options)
+    return families.finish(guided_diffusion.build(tensors, said), said)
 
 
 def refused(tensors: Any, kind: type[SdeditError] = CheckpointError, **options: Any) -> tuple[str, str]:
     with pytest.raises(kind) as caught:
-        guided_diffusion.build(tensors, SourceOptions(**options))
+        families.finish(guided_diffusion.build(tensors, SourceOptions(**options)), SourceOptions(**options))
     return str(caught.value), caught.value.hint
 
 

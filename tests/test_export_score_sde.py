@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sdedit.errors import OptionError
+from sdedit.export import families
 from sdedit.export.checkpoints import CheckpointError
 from sdedit.export.denoiser import Denoiser
 from sdedit.export.families import score_sde
@@ -197,7 +198,8 @@ def checkpoint(shapes: Shapes, *, prefix: str = "module.", sigmas: tuple[float, 
 
 
 def built(payload: dict[str, Any], config: dict[str, Any] | None = None, **options: Any) -> Source:
-    return score_sde.build(payload, SourceOptions(config=config or {}, **options))
+    said = SourceOptions(config=config or {}, **options)
+    return families.finish(score_sde.build(payload, said), said)
 
 
 def changed(config: dict[str, Any], **values: Any) -> dict[str, Any]:
@@ -545,9 +547,9 @@ def test_an_unsupported_or_contradicted_configuration_is_refused(layout: Any, co
         (changed(VE, fir_kernel=[1, 2, 1]), {}, "fir_kernel is (1, 2, 1); wanted an even number of symmetric taps"),
         (changed(VE, nonlinearity="elu"), {}, "nonlinearity is 'elu'; wanted swish"),
         (VE, {"preset": "kitchen-256"}, "score-sde has no preset 'kitchen-256'"),
-        (VE, {"class_label": 3}, "networks of score-sde have no class_label"),
-        (VE, {"preconditioning": "ve"}, "networks of score-sde have no preconditioning"),
-        (VE, {"size": 9}, "the size is 9; this network needs a multiple of 2"),
+        (VE, {"class_label": 3}, "class label 3 was given, and the network is not class-conditional"),
+        (VE, {"preconditioning": "ve"}, "networks of family score-sde have no preconditioning"),
+        (VE, {"size": 9}, "size is 9; the network takes multiples of 2"),
         ({k: v for k, v in changed(VE).items() if k != "image_size"}, {}, "nothing tells the size of the images"),
     ],
 )

@@ -8,6 +8,7 @@ from types import ModuleType
 from sdedit.errors import OptionError
 from sdedit.export import checkpoints
 from sdedit.export.checkpoints import CheckpointError
+from sdedit.export.conditions import with_class_label
 from sdedit.export.source import Source, SourceOptions
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".pkl", ".bin", ".safetensors", ".onnx")  # of files; other a/b are hub ids
@@ -37,9 +38,18 @@ def load(source: str, options: SourceOptions) -> Source:
                 f"{path}: a folder, and not a diffusers model (no model_index.json, no config.json of a UNet2DModel)",
                 hint="name the checkpoint file in it",
             )
-        return diffusers.build_folder(path, options)
-    payload = checkpoints.read(path)
-    return known[options.family or recognise(path, payload, known)].build(payload, options)
+        loaded = diffusers.build_folder(path, options)
+    else:
+        payload = checkpoints.read(path)
+        loaded = known[options.family or recognise(path, payload, known)].build(payload, options)
+    return finish(loaded, options)
+
+
+def finish(source: Source, options: SourceOptions) -> Source:
+    """What all families have in common: the class label, and options of one family that another has not."""
+    if options.preconditioning is not None and source.family != "edm":
+        raise OptionError(f"networks of family {source.family} have no preconditioning", hint="leave it out")
+    return with_class_label(source, options.class_label)
 
 
 def recognise(path: Path, payload: object, known: dict[str, ModuleType]) -> str:

@@ -145,8 +145,6 @@ def build(payload: Payload, options: SourceOptions) -> Source:
     shape = Shape(tensors)
     _compare(shape, settings, options.preset)
     size = options.size or shape.size(settings)
-    if options.class_label is not None:
-        raise OptionError("networks of family ddpm have no classes", hint="leave --class-label out")
     unet = unet_on_meta(shape.unet_config())
     unet.time_proj = SinusoidalEmbedding(_rates(shape.ch), cosine_first=False)
     load_weights(unet, rename(tensors, shape.levels), hint="a file of family ddpm has exactly these; is it whole?")

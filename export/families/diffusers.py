@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdedit import sde
 from sdedit.errors import ArtifactError, OptionError
-from sdedit.export import checkpoints, schedules
+from sdedit.export import checkpoints, conditions, schedules
 from sdedit.export.checkpoints import CheckpointError, is_state_dict, load_weights, parameter_count
-from sdedit.export.conditions import FixedLabel, check_class_label
 from sdedit.export.denoiser import Convention
 from sdedit.export.networks.unet2d import CONFIG_HINT, PlainUNet, library, unet_on_meta
 from sdedit.export.source import Payload, Source, SourceOptions
@@ -85,16 +84,9 @@ def build_folder(path: Path, options: SourceOptions) -> Source:
     _check_unet(config, folder / "config.json")
     height, width = _size(config, options.size)
     classes = config["num_class_embeds"] or 0
-    if options.class_label is not None:
-        check_class_label(options.class_label, classes)
     convention = convention_of(scheduler, config)
     load_weights(unet, rename(_read_weights(folder)), hint=f"{folder / 'config.json'} describes another network")
-    net: nn.Module = PlainUNet(unet)
-    conditions = {}
-    if options.class_label is not None:
-        net = FixedLabel(net, options.class_label)
-    elif classes:
-        conditions["class_label"] = {"dtype": "int64", "count": classes}
+    net = PlainUNet(unet)
     return Source(
         family=NAME,
         summary=f"UNet2DModel, {parameter_count(net) / 1e6:.1f} M parameters, {width}x{height}, "
@@ -106,7 +98,7 @@ def build_folder(path: Path, options: SourceOptions) -> Source:
         width=width,
         multiple=2 ** (len(config["block_out_channels"]) - 1),
         weights=weights,
-        conditions=conditions,
+        conditions=conditions.classes(classes),
         license=_license(path),
         name=_name(path),
         details={"scheduler": scheduler["_class_name"]},

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sdedit.errors import OptionError
-from sdedit.export import pickles
-from sdedit.export.checkpoints import CheckpointError, load_weights, parameter_count
-from sdedit.export.conditions import FixedLabel, check_class_label
+from sdedit.export import conditions, pickles
+from sdedit.export.checkpoints import CheckpointError, find_network, load_weights, parameter_count
 from sdedit.export.denoiser import Convention
 from sdedit.export.networks.dhariwal_unet import DhariwalUNet
 from sdedit.export.networks.song_unet import SongUNet
@@ -76,21 +75,7 @@ def _choose(payload: Payload, wanted: str | None) -> tuple[Tensors, str, pickles
             "this is an EDM2 network (Karras et al. 2024), which is another architecture",
             hint="this family is that of 2022; --module package.module:factory takes any PyTorch network",
         )
-    prefixes = [name.removesuffix(STEM) for name in every if f".{name}".endswith(f".{STEM}")]
-    if not prefixes:
-        raise CheckpointError(f"no tensor is called {STEM}", hint=f"{NAME} is: {DESCRIPTION}")
-    found = {"ema" if "ema" in re.split(r"[._]", prefix) else "model": prefix for prefix in prefixes}
-    if len(found) < len(prefixes):
-        raise CheckpointError(
-            f"the file holds several networks: {', '.join(f'{prefix}*' for prefix in prefixes)}",
-            hint="save the one to export in a file of its own",
-        )
-    weights = wanted or ("ema" if "ema" in found else "model")
-    if weights not in found:
-        raise OptionError(
-            f"the file holds no {weights} weights", hint=f"--weights {next(iter(found))}, or leave it out"
-        )
-    prefix = found[weights]
+    prefix, weights = find_network(every, STEM, wanted)
     around = prefix.removesuffix("model.")  # the preconditioner, whose attribute the network is
     owner = records.get(around)
     tensors = {name.removeprefix(prefix): tensor for name, tensor in every.items() if name.startswith(prefix)}
@@ -310,16 +295,7 @@ def build(payload: Payload, options: SourceOptions) -> Source:
     parameters, classes = parameter_count(net), told["label_dim"]
     if kind == "ve":
         net = HalfLogLabel(net)
-    if options.class_label is not None:
-        check_class_label(options.class_label, classes)
-        net = FixedLabel(net, options.class_label)
-    multiple = 2 ** (len(told["channel_mult"]) - 1)
     size = told["img_resolution"] if options.size is None else options.size
-    if size < 1 or size % multiple:
-        raise OptionError(
-            f"size is {size}; the network takes multiples of {multiple}",
-            hint=f"--size {max(1, round(size / multiple)) * multiple}",
-        )
     fourier = told.get("embedding_type") == "fourier"
     architecture = "ADM" if "encoder_type" not in told else "NCSN++" if fourier else "DDPM++"
     return Source(
@@ -331,11 +307,9 @@ def build(payload: Payload, options: SourceOptions) -> Source:
         channels=told["in_channels"],
         height=size,
         width=size,
-        multiple=multiple,
+        multiple=2 ** (len(told["channel_mult"]) - 1),
         weights=weights,
-        conditions={"class_label": {"dtype": "int64", "count": classes}}
-        if classes and options.class_label is None
-        else {},
+        conditions=conditions.classes(classes),
         sigma_range=trained,
         details={"architecture": architecture, "precond": kind, "config": told | constants},
     )

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from sdedit.errors import OptionError
-from sdedit.export import schedules
-from sdedit.export.checkpoints import CheckpointError, load_weights, parameter_count
-from sdedit.export.conditions import FixedLabel, check_class_label
+from sdedit.export import conditions, schedules
+from sdedit.export.checkpoints import CheckpointError, find_network, load_weights, parameter_count
 from sdedit.export.denoiser import Convention
 from sdedit.export.networks.adm import ADM, GROUPS
 from sdedit.export.source import Payload, Source, SourceOptions, Tensors
@@ -185,26 +184,12 @@ def _flat(node: Payload, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 def _choose_weights(payload: Payload, wanted: str | None) -> tuple[Tensors, str]:
     """One network's tensors under their own names, and "ema" or "model"."""
     flat = dict(_flat(payload))
-    prefixes = [name.removesuffix(STEM) for name in flat if f".{name}".endswith(f".{STEM}")]
-    if not prefixes:
-        raise CheckpointError(f"no tensor is called {STEM}", hint=f"{NAME} is: {DESCRIPTION}")
     if any("first_stage_model." in name or "diffusion_model." in name for name in flat):
         raise CheckpointError(
             "this is a latent diffusion model, whose network sees an autoencoder's codes",
             hint="SDEdit here works on pixels: choose a checkpoint that was trained on them",
         )
-    found = {"ema" if "ema" in re.split(r"[._]", prefix) else "model": prefix for prefix in prefixes}
-    if len(found) < len(prefixes):
-        raise CheckpointError(
-            f"the file holds several networks: {', '.join(f'{prefix}*' for prefix in prefixes)}",
-            hint="save the one to export in a file of its own",
-        )
-    weights = wanted or ("ema" if "ema" in found else "model")
-    if weights not in found:
-        raise OptionError(
-            f"the file holds no {weights} weights", hint=f"--weights {next(iter(found))}, or leave it out"
-        )
-    prefix = found[weights]
+    prefix, weights = find_network(flat, STEM, wanted)
     return {name.removeprefix(prefix): tensor for name, tensor in flat.items() if name.startswith(prefix)}, weights
 
 
@@ -378,20 +363,9 @@ def build(payload: Payload, options: SourceOptions) -> Source:
         hint="correct --preset or --config: what the tensors tell may be left out; another picture size is --size",
     )
     parameters = parameter_count(net)
-    if options.class_label is not None:
-        check_class_label(options.class_label, classes)
-        net = FixedLabel(net, options.class_label)
-    multiple = 2 ** (len(config["channel_mult"]) - 1)
     size = trained_size if options.size is None else options.size
-    if size < 1 or size % multiple:
-        raise OptionError(
-            f"size is {size}; the network takes multiples of {multiple}",
-            hint=f"--size {max(1, round(size / multiple)) * multiple}",
-        )
-
     steps, predicts = config["diffusion_steps"], "x0" if config.get("predict_xstart") else "eps"
     sde = _schedule(config["noise_schedule"], steps)
-    open_label = classes > 0 and options.class_label is None
     return Source(
         family=NAME,
         summary=f"ADM U-Net, {parameters / 1e6:.1f} M parameters, {size}x{size}, {classes or 'no'} classes, "
@@ -406,9 +380,9 @@ def build(payload: Payload, options: SourceOptions) -> Source:
         channels=config["channels"],
         height=size,
         width=size,
-        multiple=multiple,
+        multiple=2 ** (len(config["channel_mult"]) - 1),
         weights=weights,
-        conditions={"class_label": {"dtype": "int64", "count": classes}} if open_label else {},
+        conditions=conditions.classes(classes),
         sigma_range=(float(sde.sigma(1 / steps)), float(sde.sigma(1.0))),
         name=options.preset,
         details={"config": _spelled(config, trained_size)},

@@ -163,9 +163,6 @@ _CONFIG_HINT = "name the published model with --preset, or give the training's c
 
 def build(payload: Payload, options: SourceOptions) -> Source:
     """The network and convention of a score_sde_pytorch checkpoint. Raises CheckpointError, OptionError."""
-    for name in ("class_label", "preconditioning"):
-        if getattr(options, name) is not None:
-            raise OptionError(f"networks of {NAME} have no {name}", hint=f"leave --{name.replace('_', '-')} out")
     weights = _weights(payload, options.weights)
     told, attention = _told(weights.tensors)
     config, preset = _config(told | _levels(weights.sigmas), options)
@@ -173,13 +170,7 @@ def build(payload: Payload, options: SourceOptions) -> Source:
     convention = _convention(config)
     net = load_weights(_network(config, attention), weights.tensors, hint=_CONFIG_HINT)
 
-    multiple = 2 ** (len(config["ch_mult"]) - 1)
     size = options.size or config["image_size"]
-    if size % multiple:
-        raise OptionError(
-            f"the size is {size}; this network needs a multiple of {multiple}",
-            hint=f"--size {math.ceil(size / multiple) * multiple}",
-        )
     architecture = "DDPM" if config["name"] == "ddpm" else "NCSN++" if config["fir"] else "DDPM++"
     low, high = sigma_range = _sigma_range(convention.sde)
     step = payload.get("step")
@@ -192,7 +183,7 @@ def build(payload: Payload, options: SourceOptions) -> Source:
         channels=config["num_channels"],
         height=size,
         width=size,
-        multiple=multiple,
+        multiple=2 ** (len(config["ch_mult"]) - 1),
         weights=weights.which,
         sigma_range=sigma_range,
         name=preset,
