@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     bar = ProgressBar("evaluations")
     try:
         report = verify.compare(
-            reference.backend.bind(2, conditions), candidate.backend.bind(2, conditions), candidate.sde, guides,
+            lambda batch: reference.backend.bind(batch, conditions),
+            lambda batch: candidate.backend.bind(batch, conditions), candidate.sde, guides,
             tolerance=tolerance if arguments.tolerance is None else arguments.tolerance,
             with_images=precisions != {"fp32"}, on_evaluation=bar.update,
         )  # fmt: skip

@@ -4,7 +4,6 @@ The error of one evaluation is ‖ΔD‖ / max(‖D‖, ‖x - D‖): at large �
 large numbers, and rounding in the larger one must not be held against it.
 """
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,9 +69,12 @@ class Report:
         }
 
 
+Bind = Callable[[int], Denoiser]  # the denoiser for batches of this size, as Backend.bind
+
+
 def compare(
-    reference: Denoiser,
-    candidate: Denoiser,
+    reference: Bind,
+    candidate: Bind,
     sde: Sde,
     guides: Array,
     *,
@@ -80,16 +82,17 @@ def compare(
     with_images: bool = False,
     on_evaluation: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Compare two denoisers of batches like `guides` (2, C, H, W) in [-1, 1], at TIMES and along an edit.
+    """Compare two denoisers at TIMES and along an edit of `guides` (2, C, H, W) in [-1, 1].
 
     Every batch holds one of each: a step of the first guide's edit, and the second guide at a level of TIMES.
-    with_images also runs a whole edit of IMAGE_STEPS with each denoiser. on_evaluation is told how many of how
-    many network calls are done. Raises NetworkError where the reference is not finite.
+    with_images also runs a whole edit of the first guide, IMAGE_STEPS long, with each denoiser. on_evaluation is told
+    how many of how many network calls are done. Raises NetworkError where the reference is not finite.
     """
     times = [t for t in TIMES if sde.sigma(t) <= LARGEST_SIGMA]
     t0 = min(0.5, max(times))
     total = 2 * len(times) + (2 * IMAGE_STEPS if with_images else 0)
-    reference, candidate = _counting([reference, candidate], total, on_evaluation)
+    progress = _Progress(total, on_evaluation)
+    wanted_of, found_of = progress.counted(reference(2)), progress.counted(candidate(2))
 
     z = Noise([1], guides.shape[1:])(0, 0, 0)
     levels = [sde.sigma([t]).astype(np.float32) for t in times]
@@ -98,20 +101,20 @@ def compare(
     def step_and_level(x: Array, sigma: Array) -> Array:
         level = levels[len(batches)]
         pair, sigmas = np.concatenate([x, guides[1:2] + level * z]), np.concatenate([sigma, level])
-        batches.append((pair, sigmas, reference(pair, sigmas).copy()))
+        batches.append((pair, sigmas, wanted_of(pair, sigmas).copy()))
         return batches[-1][2][:1]
 
     visited(step_and_level, sde, guides[:1], t0=t0, steps=len(times))
     evaluations = [
         Evaluation(where, float(sde.time(sigma)), float(sigma), relative_error(*one))
         for x, sigmas, wanted in batches
-        for where, sigma, *one in zip(("edit", "schedule"), sigmas, x, wanted, candidate(x, sigmas), strict=True)
+        for where, sigma, *one in zip(("edit", "schedule"), sigmas, x, wanted, found_of(x, sigmas), strict=True)
     ]
     images = None
     if with_images:
         wanted, found = (
-            _pixels(visited(denoiser, sde, guides, t0=t0, steps=IMAGE_STEPS)[-1][2])
-            for denoiser in (reference, candidate)
+            _pixels(visited(progress.counted(bind(1)), sde, guides[:1], t0=t0, steps=IMAGE_STEPS)[-1][2])
+            for bind in (reference, candidate)
         )
         apart = np.abs(wanted - found)
         images = ImageDistance(IMAGE_STEPS, float(apart.mean()), float(np.percentile(apart, 99.9)))
@@ -133,21 +136,21 @@ def visited(denoiser: Denoiser, sde: Sde, guides: Array, *, t0: float, steps: in
     return visits
 
 
-def _counting(
-    denoisers: Sequence[Denoiser], total: int, on_evaluation: Callable[[int, int], None] | None
-) -> list[Denoiser]:
-    done = itertools.count(1)
+class _Progress:
+    """Tells how many of how many network calls are done."""
 
-    def counted(denoiser: Denoiser) -> Denoiser:
+    def __init__(self, total: int, tell: Callable[[int, int], None] | None) -> None:
+        self._done, self._total, self._tell = 0, total, tell
+
+    def counted(self, denoiser: Denoiser) -> Denoiser:
         def evaluate(x: Array, sigma: Array) -> Array:
             denoised = denoiser(x, sigma)
-            if on_evaluation is not None:
-                on_evaluation(next(done), total)
+            self._done += 1
+            if self._tell is not None:
+                self._tell(self._done, self._total)
             return denoised
 
         return evaluate
-
-    return [counted(denoiser) for denoiser in denoisers]
 
 
 def _pixels(xs: Array) -> Array:

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 CHEAP = 10e6 * 64**2  # parameters x pixels below which the reference computes in float64
 CALIBRATION_STEPS = 12  # network inputs a guide, from as many noise levels
 
-Reference = Callable[[Array, Array], Array]
 Report = verify.Report
 Say = Callable[[str], None]
 
@@ -37,7 +37,7 @@ class Graph:
     """A float32 graph D(x; σ), what computes the same in the original, and the metadata to write."""
 
     model: onnx.ModelProto
-    reference: Reference  # (2, C, H, W), (2,) -> (2, C, H, W), float32 in
+    reference: verify.Bind
     metadata: dict[str, Any]
     against: str  # what the reference is, for the user
     conditions: Mapping[str, float] = field(default_factory=dict)  # values that the reference uses
@@ -83,8 +83,9 @@ def from_artifact(path: Path, scratch: Path) -> Graph:
         to_onnx.save(onnx.load_from_string(model.SerializeToString()), reference_path, opened.metadata)
     metadata = dict(opened.metadata)
     metadata["source"] = {**(metadata.get("source") or {}), "from_precision": opened.precision, **tool_versions()}
-    reference = OrtBackend(artifact.read(reference_path), "ort-cpu", None).bind(2, conditions)
-    return Graph(model, reference, metadata, f"{path.name} in ONNX Runtime", conditions)
+    reference = OrtBackend(artifact.read(reference_path), "ort-cpu", None)
+    bind = partial(reference.bind, conditions=conditions)
+    return Graph(model, bind, metadata, f"{path.name} in ONNX Runtime", conditions)
 
 
 def write(
@@ -125,7 +126,7 @@ def write(
             to_onnx.save(precisions.emulate(model), runnable, metadata)
         files = to_onnx.save(model, scratch / path.name, metadata)
         output.check([path.with_name(file.name) for file in files], force=force, inputs=[])
-        candidate = OrtBackend(artifact.read(runnable), "ort-cpu", None).bind(2, graph.conditions)
+        candidate = partial(OrtBackend(artifact.read(runnable), "ort-cpu", None).bind, conditions=graph.conditions)
         report = verify.compare(
             graph.reference, candidate, sde, frames[:2], tolerance=verify.TOLERANCES[precision],
             with_images=precision != "fp32", on_evaluation=on_evaluation,
@@ -169,7 +170,7 @@ def calibration(graph: Graph, sde: Sde, frames: Array) -> list[dict[str, np.ndar
         {"x": x, "sigma": sigma, **extra}
         for pair in pairs
         for t0 in (0.5, 0.9)
-        for x, sigma, _ in verify.visited(graph.reference, sde, pair, t0=t0, steps=CALIBRATION_STEPS)
+        for x, sigma, _ in verify.visited(graph.reference(2), sde, pair, t0=t0, steps=CALIBRATION_STEPS)
     ]
 
 
@@ -178,19 +179,19 @@ def torch_reference(
     declared: Mapping[str, Mapping[str, Any]],
     conditions: Mapping[str, float],
     double: bool,
-) -> Reference:
+) -> verify.Bind:
     """The module itself as a denoiser of NumPy arrays."""
     dtype = torch.float64 if double else torch.float32
     denoiser = denoiser.to(dtype)
-    extra = [torch.full((2,), conditions[n], dtype=getattr(torch, d["dtype"])) for n, d in declared.items()]
 
     @torch.inference_mode()
     def reference(x: Array, sigma: Array) -> Array:
         given = [torch.from_numpy(np.ascontiguousarray(v)).to(dtype) for v in (x, sigma)]
-        result: Array = denoiser(*given, *extra).numpy()
-        return result.astype(np.float32) if not double else result
+        extra = [torch.full((len(x),), conditions[n], dtype=getattr(torch, d["dtype"])) for n, d in declared.items()]
+        denoised: Array = denoiser(*given, *extra).numpy()
+        return denoised
 
-    return reference
+    return lambda batch: reference
 
 
 def tool_versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ def denoiser(x, sigma):
 
 
 def compared(candidate, **options):
-    return verify.compare(denoiser, candidate, SDE, GUIDES, **{"tolerance": 1e-5} | options)
+    return verify.compare(lambda batch: denoiser, lambda batch: candidate, SDE, GUIDES, **{"tolerance": 1e-5} | options)
 
 
 def test_the_same_function_has_no_error():
@@ -84,7 +84,9 @@ def test_picture_distance_is_in_eight_bit_levels():
     def dark(x, sigma):
         return denoiser(x, sigma) * 0 + np.float32(0.5 / 255)
 
-    images = verify.compare(dark, brighter, SDE, GUIDES, tolerance=1.0, with_images=True).images
+    images = verify.compare(
+        lambda batch: dark, lambda batch: brighter, SDE, GUIDES, tolerance=1, with_images=True
+    ).images
     assert images.mean == pytest.approx(3, abs=0.01)
     assert images.percentile_99_9 == 3
 
