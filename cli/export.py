@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     told = parser.add_argument_group("what a checkpoint does not say of itself")
     told.add_argument("--preset", metavar="NAME", help="a published model; 'list' shows them all")
-    told.add_argument("--config", metavar="C", help="the original's own options: a JSON or YAML file, or inline JSON")
+    told.add_argument(
+        "--config", action="append", metavar="C", help="the original's own options: a JSON or YAML file, or NAME=VALUE"
+    )
     told.add_argument("--size", type=int, metavar="S", help="image height and width")
     told.add_argument("--weights", choices=("ema", "model"), help="which of the file's weights (default: ema)")
     told.add_argument("--preconditioning", choices=("edm", "vp", "ve"), help="of EDM networks")
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     any_net.add_argument("--round-time", action="store_true", help="round the label, for networks with a table of them")
     any_net.add_argument("--data-range", choices=("-1,1", "0,1"), default="-1,1", help="of the training images")
     any_net.add_argument("--sigma-data", type=float, default=0.5, metavar="S", help="with --predicts edm")
+    any_net.add_argument("--multiple", type=int, default=1, metavar="M", help="with --dynamic: sizes it takes")
     any_net.add_argument("--channels", type=int, default=3, metavar="C", help="image channels of --module")
     any_net.add_argument("--inputs", metavar="IMAGE,TIME", help="names of the .onnx's noisy image and time label")
     any_net.add_argument("--output-name", metavar="NAME", help="name of the .onnx's output, where it has several")
@@ -155,17 +158,29 @@ def source_options(arguments: argparse.Namespace, family: str | None) -> "Source
     )  # fmt: skip
 
 
-def read_config(given: str | None) -> dict[str, Any]:
-    """--config as an object. Raises OptionError."""
-    if given is None:
-        return {}
-    hint = "--config options.yaml, options.json, or '{\"image_size\": 256}'"
+def read_config(given: list[str] | None) -> dict[str, Any]:
+    """Every --config as one object, later ones winning. Raises OptionError."""
+    config: dict[str, Any] = {}
+    for one in given or ():
+        config |= read_one_config(one)
+    return config
+
+
+def read_one_config(given: str) -> dict[str, Any]:
+    """A JSON or YAML file, an inline JSON object, or NAME=VALUE."""
+    hint = "--config options.yaml, --config options.json or --config image_size=256"
+    name, separator, value = given.partition("=")
+    inline = given.lstrip().startswith("{")
+    if separator and not inline:
+        try:
+            return {name: json.loads(value)}
+        except ValueError:
+            return {name: value}
     try:
-        text = given if given.lstrip().startswith("{") else Path(given).read_text("utf-8")
+        text = given if inline else Path(given).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(
-            f"--config {given}: cannot be read: {getattr(error, 'strerror', error)}", hint=hint
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise OptionError(f"--config {given}: cannot be read: {reason}", hint=hint) from error
     try:
         if given.endswith((".yml", ".yaml")):
             import yaml
@@ -226,7 +241,7 @@ def module_source(arguments: argparse.Namespace) -> Any:
         )
     return module.load(
         arguments.module, arguments.checkpoint or arguments.source, convention(arguments),
-        channels=arguments.channels, size=arguments.size, weights=arguments.weights,
+        channels=arguments.channels, size=arguments.size, multiple=arguments.multiple, weights=arguments.weights,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ Files: safetensors, PyTorch's own formats (weights only), and other pickles thro
 built on the meta device and compared with the file name by name and shape by shape before memory is spent.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -73,6 +74,17 @@ def _read_torch(path: Path, *, mapped: bool) -> Payload:
                 hint="if you trust it, load it in PyTorch and save its state dict as safetensors",
             ) from error
         raise CheckpointError(f"{path}: a damaged PyTorch file: {text[:200]}", hint="download it again") from error
+
+
+def provenance(path: Path) -> dict[str, str]:
+    """What the artifact's `source` says of a checkpoint: its name and the SHA-256 of its weight files."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while part := opened.read(2**20):
+                digest.update(part)
+    return {"file": path.absolute().name, "sha256": digest.hexdigest()}
 
 
 def tensor_names(payload: Payload) -> Iterator[str]:

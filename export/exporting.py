@@ -82,7 +82,8 @@ def from_artifact(path: Path, scratch: Path) -> Graph:
         reference_path = scratch / "widened.onnx"
         to_onnx.save(onnx.load_from_string(model.SerializeToString()), reference_path, opened.metadata)
     metadata = dict(opened.metadata)
-    metadata["source"] = {**(metadata.get("source") or {}), "from_precision": opened.precision, **tool_versions()}
+    origin = {"exported_from": {"sha256": opened.sha256, "precision": opened.precision}}
+    metadata["source"] = (metadata.get("source") or {}) | origin | tool_versions()
     reference = OrtBackend(artifact.read(reference_path), "ort-cpu", None)
     bind = partial(reference.bind, conditions=conditions)
     return Graph(model, bind, metadata, f"{path.name} in ONNX Runtime", conditions)

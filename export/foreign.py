@@ -19,6 +19,7 @@ from sdedit import artifact
 from sdedit.errors import ArtifactError, OptionError
 from sdedit.export import precision as precisions
 from sdedit.export import schedules, to_onnx
+from sdedit.export.checkpoints import provenance
 from sdedit.export.denoiser import After, Before, Convention, Denoiser
 from sdedit.export.exporting import Graph, tool_versions, torch_reference
 
@@ -64,7 +65,7 @@ def wrap(
         "image": {"channels": channels, "height": height, "width": width},
         "sde": schedules.as_metadata(convention.sde),
         "precision": "fp32",
-        "source": {"family": "onnx", "file": path.name, "producer": model.producer_name, **tool_versions()},
+        "source": {"family": "onnx", **provenance(path), "producer": model.producer_name, **tool_versions()},
     }
     reference = torch_reference(Denoiser(net, convention), {}, {}, double=False)
     return Graph(joined, reference, metadata, f"{path.name} in ONNX Runtime, conventions in PyTorch")

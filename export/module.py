@@ -18,21 +18,29 @@ CONTAINERS = {"ema": ("ema", "model_ema", "ema_model"), "model": ("model", "stat
 
 
 def load(
-    spelled: str, checkpoint: str | None, convention: Convention, *, channels: int, size: int, weights: str | None
+    spelled: str,
+    checkpoint: str | None,
+    convention: Convention,
+    *,
+    channels: int,
+    size: int,
+    multiple: int,
+    weights: str | None,
 ) -> Source:
     """spelled: package.module:factory, imported and called without arguments: the user's own code, which runs."""
     net = make(spelled)
-    used = "model"
+    used, file = "model", {}
     if checkpoint is not None:
         payload = checkpoints.read(Path(checkpoint))
         tensors, used = state_dict(Path(checkpoint), payload, weights)
+        file = checkpoints.provenance(Path(checkpoint))
         net = checkpoints.load_weights(net, tensors, hint="does --module build the network these weights belong to?")
     net = net.float().eval().requires_grad_(False)
     count = checkpoints.parameter_count(net)
     summary = f"{type(net).__name__}, {count / 1e6:.1f} M parameters, predicts {convention.predicts}, {used} weights"
     return Source(
-        "module", summary, net, convention, channels, size, size, 1, used,
-        details={"class": f"{type(net).__module__}.{type(net).__qualname__}"},
+        "module", summary, net, convention, channels, size, size, multiple, used,
+        details={"class": f"{type(net).__module__}.{type(net).__qualname__}", **file},
     )  # fmt: skip
 
 

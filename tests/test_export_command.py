@@ -1,5 +1,6 @@
 """`sdedit export`: any network in, one verified artifact out; what cannot be verified is not written."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from torch import nn
 
 import sdedit
 from sdedit import artifact
+from sdedit.cli.export import read_config
 from sdedit.cli.main import main
 from sdedit.errors import ArtifactError, OptionError, OutOfTolerance
 from sdedit.export import export_denoiser, to_onnx
@@ -467,3 +469,47 @@ def test_the_traced_conventions_are_the_modules(tmp_path):
     model = to_onnx.trace(Denoiser(net, convention), (3, 16, 16))
     onnx.checker.check_model(model, full_check=True)
     assert {i.name for i in model.graph.input} == {"x", "sigma"}
+
+
+@pytest.mark.parametrize(
+    ("given", "config"),
+    [
+        (None, {}),
+        (["a=1", "b=x", "c=[1, 2]", "d=true"], {"a": 1, "b": "x", "c": [1, 2], "d": True}),
+        (['{"a": {"b": 1}}', "c=2"], {"a": {"b": 1}, "c": 2}),
+        (["options.yml"], {"a": 1, "b": [1, 2]}),
+        (["options.json", "a=2"], {"a": 2}),
+    ],
+)
+def test_config_is_a_file_an_object_or_pairs(tmp_path, monkeypatch, given, config):
+    monkeypatch.chdir(tmp_path)
+    Path("options.yml").write_text("a: 1\nb: [1, 2]\n")
+    Path("options.json").write_text('{"a": 1}')
+    assert read_config(given) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("none.json", "--config none.json: cannot be read: No such file or directory"),
+        ("list.json", "--config list.json: holds no options"),
+        ("broken.yml", "--config broken.yml: "),
+        ('{"a": ', '--config {"a": : '),
+    ],
+)
+def test_a_config_that_holds_none_is_refused(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[1]")
+    Path("broken.yml").write_text("a: [1")
+    with pytest.raises(OptionError) as caught:
+        read_config([text])
+    assert str(caught.value).startswith(message)
+
+
+def test_the_artifact_names_the_file_it_came_from(here):
+    torch.save(tiny().state_dict(), "weights.pt")
+    assert main(["export", "weights.pt", *MODULE, "-o", "tiny.onnx"]) == 0
+    source = artifact.read(here / "tiny.onnx").metadata["source"]
+    assert source["file"] == "weights.pt"
+    assert source["sha256"] == hashlib.sha256(Path("weights.pt").read_bytes()).hexdigest()
+    assert str(here) not in json.dumps(source)

@@ -1,6 +1,7 @@
 """The published kinds of checkpoint. Each module: NAME, DESCRIPTION, MARKERS, PRESETS and a loader."""
 
 import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +43,7 @@ def load(source: str, options: SourceOptions) -> Source:
     else:
         payload = checkpoints.read(path)
         loaded = known[options.family or recognise(path, payload, known)].build(payload, options)
-    return finish(loaded, options)
+    return finish(replace(loaded, details=checkpoints.provenance(path) | loaded.details), options)
 
 
 def finish(source: Source, options: SourceOptions) -> Source:
@@ -76,8 +77,6 @@ def recognise(path: Path, payload: object, known: dict[str, ModuleType]) -> str:
 
 
 def _family_of_preset(known: dict[str, ModuleType], options: SourceOptions) -> SourceOptions:
-    from dataclasses import replace
-
     for family, module in known.items():
         if options.preset in module.PRESETS:
             return replace(options, family=family)
