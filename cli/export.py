@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", nargs="?", metavar="SOURCE",
         help="a checkpoint file, a diffusers folder or hub id, one of our artifacts, or somebody's .onnx",
     )  # fmt: skip
-    parser.add_argument("-o", "--output", required=True, metavar="MODEL.onnx", help="the artifact to write")
+    parser.add_argument("-o", "--output", metavar="MODEL.onnx", help="the artifact to write")
     parser.add_argument("--family", default="auto", metavar="F", help=f"{', '.join(FAMILIES)} (default: by content)")
     parser.add_argument("--precision", metavar="P", help="fp32 (default), fp16, bf16 or int8; float32 in and out")
     parser.add_argument("--opset", type=int, metavar="N", help="18 (default) to 22 (default of bf16)")
@@ -56,9 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     any_net.add_argument("--sde", metavar="KIND[:name=value,…]", help="ve, vp, edm, linear, scaled-linear or cosine")
     any_net.add_argument("--predicts", default="eps", help="eps (default), score, x0, v, edm or denoiser")
     any_net.add_argument("--time", help="index, continuous, sigma or log-sigma (default: the schedule's usual)")
-    any_net.add_argument("--time-scale", type=float, default=1.0, metavar="K", help="the label is multiplied by K")
+    any_net.add_argument(
+        "--time-scale", type=float, metavar="K", help="the label is multiplied by K (default 1; 0.25 for edm)"
+    )
     any_net.add_argument("--round-time", action="store_true", help="round the label, for networks with a table of them")
-    any_net.add_argument("--data-range", choices=("-1,1", "0,1"), default="-1,1", help="of the training images")
+    any_net.add_argument("--unit-data", action="store_true", help="trained on images in [0, 1] (VE networks)")
     any_net.add_argument("--sigma-data", type=float, default=0.5, metavar="S", help="with --predicts edm")
     any_net.add_argument("--multiple", type=int, default=1, metavar="M", help="with --dynamic: sizes it takes")
     any_net.add_argument("--channels", type=int, default=3, metavar="C", help="image channels of --module")
@@ -76,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.preset == "list":
         return list_presets()
+    if arguments.output is None:
+        raise OptionError("no file to write", hint="-o MODEL.onnx")
     target = Path(arguments.output)
     if target.suffix != ".onnx":
         raise OptionError(f"{target}: an artifact's name ends in .onnx", hint=f"-o {target.with_suffix('.onnx')}")
@@ -220,13 +224,15 @@ def open_onnx(arguments: argparse.Namespace, family: str | None, scratch: Path) 
 
 def convention(arguments: argparse.Namespace) -> Any:
     from sdedit.export import schedules
-    from sdedit.export.denoiser import Convention, usual_time
+    from sdedit.export.denoiser import Convention, usual_label
 
     schedule = schedules.parse(arguments.sde)
-    low, high = map(float, arguments.data_range.split(","))
+    usual_time, usual_scale = usual_label(schedule, arguments.predicts)
+    scale = usual_scale if arguments.time_scale is None else arguments.time_scale
+    data_range = (0.0, 1.0) if arguments.unit_data else (-1.0, 1.0)
     return Convention(
-        schedule, arguments.predicts, arguments.time or usual_time(schedule), arguments.time_scale,
-        arguments.round_time, (low, high), arguments.sigma_data,
+        schedule, arguments.predicts, arguments.time or usual_time, scale, arguments.round_time, data_range,
+        arguments.sigma_data,
     )  # fmt: skip
 
 

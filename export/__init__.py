@@ -20,7 +20,7 @@ def export_denoiser(
     channels: int = 3,
     predicts: str = "eps",
     time: str | None = None,
-    time_scale: float = 1.0,
+    time_scale: float | None = None,
     round_time: bool = False,
     data_range: tuple[float, float] = (-1.0, 1.0),
     sigma_data: float = 0.5,
@@ -40,7 +40,7 @@ def export_denoiser(
     net(x (B, C, H, W), label (B,), *conditions (B,)) -> (B, C or 2C, H, W), float32; more than C channels are a
     learned variance and dropped. sde: an sdedit schedule, or its spelling ("linear", "ve:sigma_min=0.02,…").
     size: height and width in pixels. predicts, time, time_scale, round_time, data_range, sigma_data: what the
-    network returns and takes (sdedit.export.denoiser.Convention); time defaults to the schedule's usual one.
+    network returns and takes (sdedit.export.denoiser.Convention); time and its scale default to the usual ones.
     conditions: further inputs, {"class_label": {"dtype": "int64", "count": 1000}}. dynamic: any height and width
     that are multiples of `multiple`. guides: pictures to verify (and calibrate int8) with.
 
@@ -48,13 +48,13 @@ def export_denoiser(
     file is not the same function (allow_inaccurate writes it, marked); OptionError; OutputError.
     """
     from sdedit.export import exporting, schedules
-    from sdedit.export.denoiser import Convention, usual_time
+    from sdedit.export.denoiser import Convention, usual_label
     from sdedit.export.source import Source
 
     schedule = schedules.parse(sde) if isinstance(sde, str) else sde
-    convention = Convention(
-        schedule, predicts, time or usual_time(schedule), time_scale, round_time, data_range, sigma_data
-    )
+    usual_time, usual_scale = usual_label(schedule, predicts)
+    scale = usual_scale if time_scale is None else time_scale
+    convention = Convention(schedule, predicts, time or usual_time, scale, round_time, data_range, sigma_data)
     height, width = (size, size) if isinstance(size, int) else size
     source = Source(
         "module", type(net).__name__, net.eval(), convention, channels, height, width, multiple, "model",

@@ -56,9 +56,11 @@ class Convention:
             raise OptionError("data in [0, 1] is known of VE networks only", hint="leave the data range out")
 
 
-def usual_time(sde: schedules.Sde) -> str:
-    """The time label that networks trained on this kind of schedule mostly take."""
-    return {"vp-discrete": "index", "vp": "continuous", "ve": "sigma", "edm": "log-sigma"}[sde.kind]
+def usual_label(sde: schedules.Sde, predicts: str) -> tuple[str, float]:
+    """`time` and `time_scale` of most networks trained on this kind of schedule."""
+    if predicts == "edm":
+        return "log-sigma", 0.25  # c_noise of Karras et al. 2022, table 1
+    return {"vp-discrete": "index", "vp": "continuous", "ve": "sigma", "edm": "log-sigma"}[sde.kind], 1.0
 
 
 class Denoiser(nn.Module):
