@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from sdedit.export.source import SourceOptions
 
 HELP = "turn a checkpoint, a PyTorch network or an ONNX file into a verified artifact"
+TOLD = ("preset", "config", "preconditioning", "class_label")  # of a checkpoint whose family is known
+SAID = ("sde", "predicts", "time", "time_scale", "round_time", "unit_data", "sigma_data")  # of any other network
+OF_MODULE, OF_ONNX = ("module", "checkpoint", "multiple", "channels"), ("inputs", "output_name", "constant")
 FAMILIES = ("auto", "diffusers", "ddpm", "score-sde", "guided-diffusion", "edm", "onnx", "artifact", "module")
 
 
@@ -54,16 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     any_net.add_argument("--checkpoint", metavar="FILE", help="its weights (SOURCE does as well)")
     any_net.add_argument("--sde", metavar="KIND[:name=value,…]", help="ve, vp, edm, linear, scaled-linear or cosine")
-    any_net.add_argument("--predicts", default="eps", help="eps (default), score, x0, v, edm or denoiser")
+    any_net.add_argument("--predicts", help="eps (default), score, x0, v, edm or denoiser")
     any_net.add_argument("--time", help="index, continuous, sigma or log-sigma (default: the schedule's usual)")
     any_net.add_argument(
         "--time-scale", type=float, metavar="K", help="the label is multiplied by K (default 1; 0.25 for edm)"
     )
     any_net.add_argument("--round-time", action="store_true", help="round the label, for networks with a table of them")
     any_net.add_argument("--unit-data", action="store_true", help="trained on images in [0, 1] (VE networks)")
-    any_net.add_argument("--sigma-data", type=float, default=0.5, metavar="S", help="with --predicts edm")
-    any_net.add_argument("--multiple", type=int, default=1, metavar="M", help="with --dynamic: sizes it takes")
-    any_net.add_argument("--channels", type=int, default=3, metavar="C", help="image channels of --module")
+    any_net.add_argument("--sigma-data", type=float, metavar="S", help="with --predicts edm (default 0.5)")
+    any_net.add_argument("--multiple", type=int, metavar="M", help="with --dynamic: it takes multiples of M")
+    any_net.add_argument("--channels", type=int, metavar="C", help="image channels of --module (default 3)")
     any_net.add_argument("--inputs", metavar="IMAGE,TIME", help="names of the .onnx's noisy image and time label")
     any_net.add_argument("--output-name", metavar="NAME", help="name of the .onnx's output, where it has several")
     any_net.add_argument(
@@ -137,12 +141,14 @@ def open_graph(arguments: argparse.Namespace, scratch: Path) -> "Graph":
     if family not in (None, *FAMILIES):
         raise OptionError(f"unknown family {family!r}", hint=f"choose one of {', '.join(FAMILIES)}")
     if arguments.module or family == "module":
+        require_none(arguments, TOLD + OF_ONNX, "--module")
         source = module_source(arguments)
     elif arguments.source is None:
         raise OptionError("nothing to export", hint="sdedit export CHECKPOINT -o MODEL.onnx")
     elif arguments.source.endswith(".onnx") or family in ("onnx", "artifact"):
         return open_onnx(arguments, family, scratch)
     else:
+        require_none(arguments, SAID + OF_MODULE + OF_ONNX, "a checkpoint, whose family knows")
         source = families.load(arguments.source, source_options(arguments, family))
     say(f"recognised: {source.family}: {source.summary}")
     return exporting.from_source(
@@ -151,6 +157,13 @@ def open_graph(arguments: argparse.Namespace, scratch: Path) -> "Graph":
         dynamic=arguments.dynamic,
         name=arguments.name or source.name or Path(arguments.output).stem,
     )
+
+
+def require_none(arguments: argparse.Namespace, names: Sequence[str], what: str) -> None:
+    """Raise OptionError for a flag that would be ignored."""
+    for name in names:
+        if getattr(arguments, name) not in (None, False):
+            raise OptionError(f"--{name.replace('_', '-')} is not for {what}", hint="leave it out")
 
 
 def source_options(arguments: argparse.Namespace, family: str | None) -> "SourceOptions":
@@ -205,7 +218,9 @@ def open_onnx(arguments: argparse.Namespace, family: str | None, scratch: Path) 
 
     path = Path(arguments.source)
     ours = family == "artifact" or (family is None and artifact.is_artifact(path))
+    fixed = ("dynamic", "weights")
     if ours:
+        require_none(arguments, (*TOLD, *SAID, *OF_MODULE, *OF_ONNX, *fixed, "size"), "one of our artifacts")
         graph = exporting.from_artifact(path, scratch)
         say(f"recognised: one of our artifacts: {graph.metadata.get('name', path.stem)}")
         return graph
@@ -214,6 +229,7 @@ def open_onnx(arguments: argparse.Namespace, family: str | None, scratch: Path) 
             f"{path}: an ONNX file without our metadata; its conventions must be said",
             hint="--sde KIND --predicts P --time T --inputs IMAGE,TIME; the README's section 'Export' explains them",
         )
+    require_none(arguments, (*TOLD, *OF_MODULE, *fixed), "an ONNX file")
     interface = foreign.Interface(
         arguments.inputs.split(",") if arguments.inputs else None, arguments.output_name, dict(arguments.constant or ())
     )
@@ -227,12 +243,13 @@ def convention(arguments: argparse.Namespace) -> Any:
     from sdedit.export.denoiser import Convention, usual_label
 
     schedule = schedules.parse(arguments.sde)
-    usual_time, usual_scale = usual_label(schedule, arguments.predicts)
+    predicts = arguments.predicts or "eps"
+    usual_time, usual_scale = usual_label(schedule, predicts)
     scale = usual_scale if arguments.time_scale is None else arguments.time_scale
     data_range = (0.0, 1.0) if arguments.unit_data else (-1.0, 1.0)
     return Convention(
-        schedule, arguments.predicts, arguments.time or usual_time, scale, arguments.round_time, data_range,
-        arguments.sigma_data,
+        schedule, predicts, arguments.time or usual_time, scale, arguments.round_time, data_range,
+        0.5 if arguments.sigma_data is None else arguments.sigma_data,
     )  # fmt: skip
 
 
@@ -247,7 +264,8 @@ def module_source(arguments: argparse.Namespace) -> Any:
         )
     return module.load(
         arguments.module, arguments.checkpoint or arguments.source, convention(arguments),
-        channels=arguments.channels, size=arguments.size, multiple=arguments.multiple, weights=arguments.weights,
+        channels=arguments.channels or 3, size=arguments.size, multiple=arguments.multiple or 1,
+        weights=arguments.weights,
     )  # fmt: skip
 
 

@@ -158,14 +158,12 @@ def _validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Ar
     if not isinstance(metadata, dict):
         raise ArtifactError("metadata 'sdedit' is not a JSON object", hint=EXPORT_HINT)
     version: Any = metadata.get("format")
-    if not _whole(version):
+    if not _whole(version) or version < 1:
         raise ArtifactError(f"format is {version!r}; wanted {FORMAT}", hint=EXPORT_HINT)
     if version > FORMAT:
         raise ArtifactError(
             f"format {version} is newer than this engine reads ({FORMAT})", hint="pip install --upgrade sdedit-engine"
         )
-    if version < 1:
-        raise ArtifactError(f"format is {version}; wanted {FORMAT}", hint=EXPORT_HINT)
     if model.opset < OLDEST_OPSET:
         raise ArtifactError(
             f"opset is {model.opset}; wanted at least {OLDEST_OPSET}", hint="write it again with opset 18"

@@ -1,5 +1,6 @@
 """Export: every published kind of score network becomes one verified artifact. Needs the extra `export`."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,9 @@ def export_denoiser(
     scale = usual_scale if time_scale is None else time_scale
     convention = Convention(schedule, predicts, time or usual_time, scale, round_time, data_range, sigma_data)
     height, width = (size, size) if isinstance(size, int) else size
+    own = copy.deepcopy(net).cpu().float().eval()  # the caller's is left as it is
     source = Source(
-        "module", type(net).__name__, net.eval(), convention, channels, height, width, multiple, "model",
+        "module", type(net).__name__, own, convention, channels, height, width, multiple, "model",
         dict(conditions or {}), name=name or Path(path).stem, license=license, details={"class": type(net).__name__},
     )  # fmt: skip
     graph = exporting.from_source(source, opset=opset, dynamic=dynamic)

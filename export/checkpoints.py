@@ -6,7 +6,7 @@ built on the meta device and compared with the file name by name and shape by sh
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from sdedit.errors import OptionError, SdeditError
 from sdedit.export.source import Payload
 
+MOST_VALUES = 1_000_000  # in a checkpoint, shared ones counted each time: real ones hold thousands
 SHOWN = 5  # names listed in an error
+AVERAGED = re.compile(r"(^|[._])(ema|shadow)([._]|$)|^[1-9]\d*\.")  # SDEdit's training writes [model, …, average]
 TORCH_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before it wrote zip files
 
 
@@ -87,18 +89,31 @@ def provenance(path: Path) -> dict[str, str]:
     return {"file": path.absolute().name, "sha256": digest.hexdigest()}
 
 
-def tensor_names(payload: Payload) -> Iterator[str]:
-    """The names of all tensors in it, containers spelled out with dots."""
+def flat(payload: Payload) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in it, with the way to it through containers as its name: 0.module.conv_in.weight."""
     from sdedit.export import pickles
 
-    if isinstance(payload, pickles.Record):
-        payload = pickles.tensors(payload)
-    items = payload.items() if isinstance(payload, Mapping) else enumerate(payload)
-    for name, value in items:
+    left = MOST_VALUES
+
+    def walk(value: Payload, path: str) -> Iterator[tuple[str, Tensor]]:
+        nonlocal left
+        left -= 1
+        if left < 0:  # a few lists that hold each other many times over are enough
+            raise CheckpointError(f"the file spells out to more than {MOST_VALUES} values", hint="do not trust it")
+        if isinstance(value, pickles.Record):
+            value = pickles.tensors(value)
         if isinstance(value, Tensor):
-            yield str(name)
-        elif isinstance(value, Mapping | list | tuple | pickles.Record):
-            yield from (f"{name}.{inner}" for inner in tensor_names(value))
+            yield path, value
+        elif isinstance(value, Mapping | list | tuple):
+            for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+                yield from walk(inner, f"{path}.{name}" if path else str(name))
+
+    yield from walk(payload, "")
+
+
+def tensor_names(payload: Payload) -> list[str]:
+    """The names of all tensors in it, containers spelled out with dots."""
+    return [name for name, _ in flat(payload)]
 
 
 def is_state_dict(value: object) -> bool:
@@ -116,15 +131,15 @@ def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
     return {name.removeprefix(prefix) if cut else name: tensor for name, tensor in tensors.items()}
 
 
-def find_network(names: Iterable[str], stem: str, wanted: str | None) -> tuple[str, str]:
-    """Where in a checkpoint the network lies that has a tensor `stem`: the prefix of its names, and "ema" or "model".
+def find_network(every: Mapping[str, Tensor], stem: str, wanted: str | None) -> tuple[dict[str, Tensor], str, str]:
+    """The network in a checkpoint that has a tensor `stem`: its tensors, the prefix they had, and "ema" or "model".
 
     The averaged one where there are both, unless `wanted` says. Raises CheckpointError, OptionError.
     """
-    prefixes = [name.removesuffix(stem) for name in names if f".{name}".endswith(f".{stem}")]
+    prefixes = [name.removesuffix(stem) for name in every if f".{name}".endswith(f".{stem}")]
     if not prefixes:
         raise CheckpointError(f"no tensor is called {stem}", hint="leave --family out: content tells it")
-    found = {"ema" if "ema" in re.split(r"[._]", prefix) else "model": prefix for prefix in prefixes}
+    found = {"ema" if AVERAGED.search(prefix) else "model": prefix for prefix in prefixes}
     if len(found) < len(prefixes):
         raise CheckpointError(
             f"the file holds several networks: {', '.join(f'{prefix}*' for prefix in prefixes)}",
@@ -135,7 +150,24 @@ def find_network(names: Iterable[str], stem: str, wanted: str | None) -> tuple[s
         raise OptionError(
             f"the file holds no {weights} weights", hint=f"--weights {next(iter(found))}, or leave it out"
         )
-    return found[weights], weights
+    prefix = found[weights]
+    inner = tuple(other for other in prefixes if len(other) > len(prefix))  # another network, within this one's names
+    tensors = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in every.items()
+        if name.startswith(prefix) and not name.startswith(inner)
+    }
+    return tensors, prefix, weights
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, rank: int, *, hint: str) -> torch.Size:
+    """A tensor's shape. Raises CheckpointError where it is missing, empty or of another rank."""
+    if name not in tensors:
+        raise CheckpointError(f"the file has no {name}", hint=hint)
+    shape = tensors[name].shape
+    if len(shape) != rank or 0 in shape:
+        raise CheckpointError(f"{name} has shape {list(shape)}; wanted {rank} dimensions", hint=hint)
+    return shape
 
 
 def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], *, hint: str) -> nn.Module:

@@ -19,11 +19,12 @@ from sdedit.export import precision as precisions
 from sdedit.export import schedules, to_onnx
 from sdedit.export.checkpoints import parameter_count
 from sdedit.export.denoiser import Denoiser
+from sdedit.export.graph import OPSETS, set_opset
+from sdedit.export.int8 import quantize
 from sdedit.export.source import Source
 from sdedit.sde import Sde, from_metadata
 from sdedit.verify import Array
 
-OPSETS = range(18, 23)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 CHEAP = 10e6 * 64**2  # parameters x pixels below which the reference computes in float64
 CALIBRATION_STEPS = 12  # network inputs a guide, from as many noise levels
@@ -114,13 +115,14 @@ def write(
     frames = verify.guide_frames(guides, graph.metadata["image"])
     with tempfile.TemporaryDirectory(prefix=".sdedit-", dir=path.parent) as folder:
         scratch = Path(folder)
-        model = precisions.set_opset(graph.model, opset)
+        model = set_opset(graph.model, opset)
         if precision in ("fp16", "bf16"):
             model = precisions.halve(model, precision)
         elif precision == "int8":
             say("calibrating int8")
-            model = precisions.quantize(model, calibration(graph, sde, frames))
-        metadata = {**graph.metadata, "precision": precision}
+            model = quantize(model, calibration(graph, sde, frames))
+        metadata = graph.metadata
+        metadata["precision"] = precision
         runnable = scratch / path.name
         if precision in ("fp16", "bf16"):  # as a GPU rounds: ONNX Runtime's CPU has no bf16, and drops fp16 roundings
             runnable = scratch / "emulated.onnx"
@@ -148,7 +150,8 @@ def chosen_opset(asked: int | None, own: int, precision: str) -> int:
     first = precisions.FIRST_BF16_CONV if precision == "bf16" else OPSETS[0]
     if asked is not None and not first <= asked <= OPSETS[-1]:
         raise OptionError(
-            f"opset is {asked}; wanted {first} to {OPSETS[-1]} for {precision}", hint=f"leave it out for {first}"
+            f"opset is {asked}; wanted {first} to {OPSETS[-1]} for {precision}",
+            hint=f"leave it out for {first}",
         )
     return asked or min(max(own, first), OPSETS[-1])
 

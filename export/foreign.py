@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, compose, helper, numpy_helper, version_converter
+from onnx import TensorProto, compose, helper, numpy_helper
 from torch import nn
 
 from sdedit import artifact
 from sdedit.errors import ArtifactError, OptionError
-from sdedit.export import precision as precisions
 from sdedit.export import schedules, to_onnx
 from sdedit.export.checkpoints import provenance
 from sdedit.export.denoiser import After, Before, Convention, Denoiser
 from sdedit.export.exporting import Graph, tool_versions, torch_reference
+from sdedit.export.graph import OPSETS, set_opset
 
 TIME_TYPES = {TensorProto.FLOAT: torch.float32, TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32}
 
@@ -46,14 +46,13 @@ def wrap(
     result = _output(path, model, interface)
     channels, height, width = _frame(path, image, size)
     _check_time(path, time)
+    if to_onnx.opset_of(model) not in OPSETS:
+        model = set_opset(model, to_onnx.OPSET)
     opset = to_onnx.opset_of(model)
-    if not 18 <= opset <= 22:
-        model = version_converter.convert_version(model, to_onnx.OPSET)
-        opset = to_onnx.OPSET
 
-    net = _Session(model, image_name, time_name, result, TIME_TYPES[time.type.tensor_type.elem_type])
+    net = _Session(model, (image_name, time_name), result, time)
     x, sigma = ("x", torch.zeros(2, channels, height, width)), ("sigma", torch.ones(2))
-    before = _trace(_Cast(Before(convention), net.time_type, len(_dims(time))), [x, sigma], ["scaled", "label"], opset)
+    before = _trace(_BeforeGraph(convention, time), [x, sigma], ["scaled", "label"], opset)
     after = _trace(After(convention), [x, sigma, ("raw", x[1])], ["denoised"], opset)
     joined = _join(before, model, after, image_name, time_name, result)
     dims = joined.graph.output[0].type.tensor_type.shape.dim
@@ -74,33 +73,34 @@ def wrap(
 class _Session(nn.Module):
     """The foreign graph, run by ONNX Runtime, as a torch module: net(scaled, label) -> raw."""
 
-    def __init__(self, model: onnx.ModelProto, image: str, time: str, output: str, time_type: torch.dtype) -> None:
+    def __init__(self, model: onnx.ModelProto, inputs: tuple[str, str], output: str, time: onnx.ValueInfoProto) -> None:
         super().__init__()
         import onnxruntime
 
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        self.names, self.output, self.time_type = (image, time), output, time_type
-        self.time_rank = len(self.session.get_inputs()[[i.name for i in self.session.get_inputs()].index(time)].shape)
+        self.inputs, self.output, self.time = inputs, output, time
 
     def forward(self, scaled: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        label = label.round() if not self.time_type.is_floating_point else label
-        label = label.to(self.time_type).reshape(-1, *[1] * (self.time_rank - 1))
-        feeds = dict(zip(self.names, (scaled.numpy(), label.numpy()), strict=True))
-        return torch.from_numpy(self.session.run([self.output], feeds)[0])
+        given = scaled.numpy(), _as_declared(self.time, label).numpy()
+        return torch.from_numpy(self.session.run([self.output], dict(zip(self.inputs, given, strict=True)))[0])
 
 
-class _Cast(nn.Module):
-    """Before(), with the time label in the type and rank that the graph declares."""
+class _BeforeGraph(Before):
+    """Before, with the time label as the graph declares it."""
 
-    def __init__(self, before: Before, time_type: torch.dtype, rank: int) -> None:
-        super().__init__()
-        self.before, self.time_type, self.rank = before, time_type, rank
+    def __init__(self, convention: Convention, time: onnx.ValueInfoProto) -> None:
+        super().__init__(convention)
+        self.time = time
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scaled, label = self.before(x, sigma)
-        if not self.time_type.is_floating_point:
-            label = label.round()
-        return scaled, label.to(self.time_type).reshape(-1, *[1] * (self.rank - 1))
+        scaled, label = super().forward(x, sigma)
+        return scaled, _as_declared(self.time, label)
+
+
+def _as_declared(time: onnx.ValueInfoProto, label: torch.Tensor) -> torch.Tensor:
+    """Labels (B,) in the type and rank of this input, rounded for an integer."""
+    dtype = TIME_TYPES[time.type.tensor_type.elem_type]
+    return (label if dtype.is_floating_point else label.round()).to(dtype).reshape(-1, *[1] * (len(_dims(time)) - 1))
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -204,8 +204,8 @@ def _trace(
     module: nn.Module, inputs: Sequence[tuple[str, torch.Tensor]], outputs: Sequence[str], opset: int
 ) -> onnx.ModelProto:
     """A small module as a graph of the foreign one's opset."""
-    traced = to_onnx.trace_module(module, inputs, outputs, opset=min(opset, 20))
-    return precisions.set_opset(traced, opset) if opset > 20 else traced
+    traced = to_onnx.trace_module(module, inputs, outputs, opset=min(opset, max(to_onnx.TRACED_OPSETS)))
+    return set_opset(traced, opset)
 
 
 def _join(

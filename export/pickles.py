@@ -3,7 +3,7 @@
 Pickles are programs for a small stack machine, and Python's runs whatever function they name. This one knows the
 few functions that checkpoints need, each replaced by code of its own here. Objects become Records, which hold what
 the pickle says of them and do nothing; source text inside (EDM's files carry some) stays text. So EDM's .pkl opens
-without its classes, and a hostile file can at worst be refused.
+without its classes, and nothing that a hostile file says is run.
 """
 
 import io
@@ -15,7 +15,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,11 +25,8 @@ from torch import Tensor
 from sdedit.export.checkpoints import TORCH_LEGACY, CheckpointError
 from sdedit.export.source import Payload
 
-INSTRUCTIONS = 2_000_000  # of a pickle; the largest of EDM has some 60,000
-VALUES = 10_000_000  # in all, with what is mentioned twice counted twice
 DEPTH = 100  # containers within containers
 DIMENSIONS = 8  # of a tensor
-HEAD = 200  # instructions of one of the pickles that describe a tensor's memory; some 30 is usual
 LONGEST = 200  # characters of a name
 AGAIN = "download it again"
 HINT = "if you trust it, load it where it came from and save its state dict as safetensors"
@@ -43,12 +39,6 @@ class Record:
     class_name: str
     state: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def init_kwargs(self) -> dict[str, Any]:
-        """What it was constructed with, where it says so."""
-        given = self.state.get("_init_kwargs")
-        return given if isinstance(given, dict) else {}
-
     def module(self, name: str) -> "Record | None":
         """A module inside this one."""
         modules = self.state.get("_modules")
@@ -59,11 +49,10 @@ class Record:
 def load(source: Path | str | BinaryIO) -> Payload:
     """The contents of a pickle: containers of tensors, Records and plain values. Raises CheckpointError."""
     if not isinstance(source, Path | str):
-        data = source.read()
-        return _load(io.BytesIO(data), len(data), "")
+        return _load(source, "")
     try:
         with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _load(data, len(data), f"{source}: ")
+            return _load(data, f"{source}: ")
     except (OSError, ValueError) as error:  # mmap's ValueError: an empty file
         raise CheckpointError(f"{source}: cannot be read: {error}", hint="name a checkpoint file") from error
 
@@ -81,10 +70,9 @@ def _tensors(record: Record, prefix: str) -> Iterator[tuple[str, Tensor]]:
         return found
 
     dropped = record.state.get("_non_persistent_buffers_set")
-    kept = members("_buffers").keys() - (dropped if isinstance(dropped, set) else set())
-    buffers = {name: value for name, value in members("_buffers").items() if name in kept}
-    for name, value in chain(members("_parameters").items(), buffers.items()):
-        if isinstance(value, Tensor):
+    unkept = dropped if isinstance(dropped, set) else ()
+    for name, value in (members("_parameters") | members("_buffers")).items():
+        if isinstance(value, Tensor) and name not in unkept:
             yield prefix + name, value
     for name, module in members("_modules").items():
         if isinstance(module, Record):
@@ -134,20 +122,14 @@ COLLECTED = {"LIST": list, "TUPLE": tuple}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 STORED = {"PUT", "BINPUT", "LONG_BINPUT"}
 FETCHED = {"GET", "BINGET", "LONG_BINGET"}
-PASSED = {"PROTO", "FRAME"}
-REFUSED = {  # what these would be for
-    "PERSID": "an object stored elsewhere", "BINPERSID": "an object stored elsewhere",
-    "EXT1": "an object of the extension registry", "EXT2": "an object of the extension registry",
-    "EXT4": "an object of the extension registry",
-    "INST": "an instance of a class, the old way", "OBJ": "an instance of a class, the old way",
-}  # fmt: skip
+PASSED = {"PROTO", "FRAME", "STOP"}
 
 
-def _load(file: Any, size: int, where: str) -> Payload:
-    """Run the pickle in a file of `size` bytes; `where` begins the message of every error."""
+def _load(file: Any, where: str) -> Payload:
+    """Run the pickle in a file; `where` begins the message of every error."""
     try:
-        payload = _Machine(size).run(file)
-        _check_extent(payload)
+        payload = _Machine().run(file)
+        _check(payload, DEPTH, set())
         return payload
     except CheckpointError as error:
         raise CheckpointError(f"{where}{error}", hint=error.hint) from error.__cause__
@@ -162,22 +144,13 @@ def _refused(what: str) -> CheckpointError:
 class _Machine:
     """One run. Every value on its stack is a tensor, a Record, plain, or a _Global that the tables below know."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.left = size  # bytes that copies may take: a file cannot hold less than what it declares
-        self.functions = FUNCTIONS | {
-            "torch.storage._load_from_bytes": self.storage,
-            "builtins.set": self.set,
-            "builtins.frozenset": lambda items: frozenset(self.set(items)),
-        }
 
     def run(self, file: Any) -> Any:
-        for count, (instruction, argument, _) in enumerate(pickletools.genops(file)):
-            if count >= INSTRUCTIONS:
-                raise CheckpointError(f"the pickle has more than {INSTRUCTIONS} instructions", hint=HINT)
-            if instruction.name != "STOP":
-                self.step(instruction.name, argument)
+        for instruction, argument, _ in pickletools.genops(file):
+            self.step(instruction.name, argument)
         (result,) = self.stack
         return result
 
@@ -198,8 +171,6 @@ class _Machine:
             self.memo[argument] = self.top()
         elif name in FETCHED:
             stack.append(self.memo[argument])
-        elif name in REFUSED:
-            raise _refused(REFUSED[name])
         elif name not in PASSED:
             self.other(name, argument)
 
@@ -271,47 +242,11 @@ class _Machine:
         if not isinstance(module, str) or not isinstance(attribute, str):
             raise ValueError("a global without a name")
         name = f"{module}.{attribute}"
-        if name in DTYPES:
-            return DTYPES[name]
-        if name in self.functions:
-            return _Global(name, self.functions[name])
+        if name in FUNCTIONS:
+            return _Global(name, FUNCTIONS[name])
         if re.fullmatch(r"torch\.nn\.modules\.\w+", module) and attribute.isidentifier():
             return _Global(name, lambda: Record(attribute))  # a layer: its class is only named
         raise _refused(name if re.fullmatch(r"[\w.]+", name) and len(name) < LONGEST else repr(name[:LONGEST]))
-
-    def take(self, count: int) -> None:
-        self.left -= count
-        if self.left < 0:
-            raise CheckpointError("the pickle builds more than it holds", hint=HINT)
-
-    def set(self, items: Any = ()) -> set[Any]:
-        self.take(len(items))
-        return set(_keys(items))
-
-    def storage(self, data: Any) -> _Storage:
-        """A tensor's memory, which PyTorch pickles as a file of its own older format: read as weights only."""
-        other = _refused("torch.storage._load_from_bytes of something else than a tensor's memory")
-        if not isinstance(data, bytes) or not data.startswith(TORCH_LEGACY):
-            raise other
-        self.take(len(data))
-        file = io.BytesIO(data)
-        heads = [list(islice(pickletools.genops(file), HEAD)) for _ in range(5)]  # small pickles, then the numbers
-        if any(len(head) == HEAD for head in heads):
-            raise other
-        declared = max((n for _, n, _ in heads[3] if type(n) is int), default=0)
-        if declared > len(data):  # so much would be allocated
-            raise CheckpointError(f"the pickle declares {declared} values in {len(data)} bytes", hint=AGAIN)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # TypedStorage is deprecated, and what files hold
-                found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-                storage = _Storage(found.untyped(), found.dtype) if isinstance(found, torch.TypedStorage) else None
-        except Exception as error:  # pickle's and torch's own kinds
-            text = " ".join(str(error).split())[:LONGEST]
-            raise CheckpointError(f"the pickle holds a tensor that is damaged or not one: {text}", hint=HINT) from error
-        if storage is None:
-            raise other
-        return storage
 
 
 def _keys(values: Any) -> Any:
@@ -362,11 +297,21 @@ def _object(meta: Any) -> Record:
     return Record(name, state)
 
 
-def _reconstruct(kind: Any, base: Any, state: Any) -> Any:
-    """copyreg's way to make an object without its constructor: of `kind`, on top of object."""
-    if not isinstance(kind, _Global) or not isinstance(base, _Global) or base.name != "builtins.object" or state:
-        raise _refused("copyreg._reconstructor of more than an empty object")
-    return kind.call()
+def _storage(data: Any) -> _Storage:
+    """A tensor's memory, which PyTorch pickles as a file of its own older format: read as weights only."""
+    if isinstance(data, bytes) and data.startswith(TORCH_LEGACY):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TypedStorage is deprecated, and what files hold
+            try:
+                found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            except Exception as error:  # pickle's and torch's own kinds
+                raise CheckpointError(
+                    f"the pickle holds a tensor that is damaged or not one: {' '.join(str(error).split())[:LONGEST]}",
+                    hint=HINT,
+                ) from error
+            if isinstance(found, torch.TypedStorage):
+                return _Storage(found.untyped(), found.dtype)
+    raise _refused("torch.storage._load_from_bytes of something else than a tensor's memory")
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
@@ -389,27 +334,6 @@ def _parameter(data: Any, *_: Any) -> Tensor:
     return data
 
 
-def _ordered_dict() -> OrderedDict[Any, Any]:
-    return OrderedDict()
-
-
-def _easy_dict() -> dict[Any, Any]:
-    return {}
-
-
-def _size(numbers: Any) -> tuple[int, ...]:
-    if not isinstance(numbers, tuple) or len(numbers) > DIMENSIONS or not all(type(n) is int for n in numbers):
-        raise ValueError("a torch.Size that is none")
-    return torch.Size(numbers)
-
-
-def _device(kind: Any, index: Any = None) -> str:
-    """As text: a checkpoint's device is where it was trained."""
-    if not isinstance(kind, str) or not isinstance(index, int | None):
-        raise ValueError("a torch.device that is none")
-    return kind if index is None else f"{kind}:{index}"
-
-
 def _dtype(code: Any, *_: Any) -> _Dtype:
     if not isinstance(code, str) or not re.fullmatch(r"[biuf][1248]", code):
         raise _refused("numpy.dtype of more than a number")
@@ -423,63 +347,38 @@ def _scalar(dtype: Any, data: Any) -> bool | int | float:
     return np.frombuffer(data, np.dtype(dtype.code).newbyteorder(dtype.order))[0].item()
 
 
-def _never(*_: Any) -> Any:
-    raise _refused("an object of its own kind")
+def _set(items: Any = ()) -> set[Any]:
+    return set(_keys(items))
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch_utils.persistence._reconstruct_persistent_obj": _object,
-    "dnnlib.util.EasyDict": _easy_dict,
-    "collections.OrderedDict": _ordered_dict,
-    "copyreg._reconstructor": _reconstruct,
-    "builtins.object": _never,  # only named, as the base in _reconstruct
+    "dnnlib.util.EasyDict": lambda: {},
+    "collections.OrderedDict": lambda: OrderedDict(),
+    "builtins.set": _set,
+    "builtins.frozenset": lambda items: frozenset(_keys(items)),
+    "torch.storage._load_from_bytes": _storage,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
-    "torch.Size": _size,
-    "torch.device": _device,
     "numpy.dtype": _dtype,
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
 }
-DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 # Afterwards
 
 
-def _check_extent(payload: Payload) -> None:
-    """Raise CheckpointError for containers too deep, too many once spelled out, or within themselves."""
-    extent: dict[int, tuple[int, int]] = {}  # of a finished container: the values in it, and its depth
-    begun: set[int] = set()
-    pending: list[Any] = [[payload]]
-    while pending:
-        value = pending[-1]
-        if id(value) in extent:
-            pending.pop()
-            continue
-        inner = _contents(value)
-        measured = [extent.get(id(item), (1, 0)) for item in inner]
-        count, depth = sum(n for n, _ in measured) + 1, max((d for _, d in measured), default=0) + 1
-        if count > VALUES or max(depth, len(begun)) > DEPTH:
-            raise CheckpointError(f"the pickle holds more than {VALUES} values or {DEPTH} levels", hint=HINT)
-        if id(value) in begun:
-            begun.remove(id(value))
-            extent[id(value)] = count, depth
-            continue
-        if any(isinstance(item, PARTS) for item in inner):
-            raise _refused("functions or parts of tensors as values")
-        begun.add(id(value))
-        deeper = [item for item in inner if isinstance(item, CONTAINERS)]
-        if any(id(item) in begun for item in deeper):
-            raise CheckpointError("the pickle's containers contain themselves", hint=HINT)
-        pending += deeper
-
-
-CONTAINERS = (dict, list, tuple, set, frozenset, Record)
-
-
-def _contents(container: Any) -> list[Any]:
-    if isinstance(container, Record):
-        return list(container.state.values())
-    return list(container.values() if isinstance(container, dict) else container)
+def _check(value: Any, depth: int, checked: set[int]) -> None:
+    """Raise CheckpointError for what is only a part of something else, and for containers too deep or in themselves."""
+    if isinstance(value, PARTS):
+        raise _refused("functions or parts of tensors as values")
+    inner = value.state if isinstance(value, Record) else value
+    if not isinstance(inner, dict | list | tuple | set | frozenset) or id(value) in checked:
+        return
+    if depth == 0:
+        raise CheckpointError(f"the pickle's containers lie more than {DEPTH} deep, or in themselves", hint=HINT)
+    for item in inner.values() if isinstance(inner, dict) else inner:
+        _check(item, depth - 1, checked)
+    checked.add(id(value))

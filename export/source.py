@@ -1,5 +1,6 @@
 """What every family's loader returns: a raw network, and all that is needed to make it D(x; σ)."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,23 @@ class SourceOptions:
     weights: str | None = None  # "ema" or "model", where a file holds both
     preconditioning: str | None = None  # EDM: vp, ve or edm
     class_label: int | None = None  # folded in; None keeps it as an input of a class-conditional network
+
+    def preset_of(self, family: str, presets: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """What the preset says, nothing where there is none. Raises OptionError for one that the family has not."""
+        if self.preset is not None and self.preset not in presets:
+            hint = f"--preset takes {', '.join(presets)}" if presets else "leave --preset out: the source tells it all"
+            raise OptionError(f"family {family} has no preset {self.preset!r}", hint=hint)
+        return presets.get(self.preset or "", {})
+
+    def config_without(self, sections: Sequence[str], passed_over: Sequence[str]) -> dict[str, Any]:
+        """The config with the options of these sections beside the others, and without what is passed over."""
+        flat: dict[str, Any] = {}
+        for key, value in self.config.items():
+            if key in sections and isinstance(value, Mapping):
+                flat |= value
+            else:
+                flat[key] = value
+        return {key: value for key, value in flat.items() if key not in passed_over}
 
 
 @dataclass(frozen=True)

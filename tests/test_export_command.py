@@ -129,6 +129,7 @@ def test_json_is_one_object_with_the_verification(here, capsys):
     assert written["name"] == "mine"
     assert written["license"] == "MIT"
     assert written["verification"]["within"] is True
+    assert found["metadata"] == written
 
 
 @pytest.mark.parametrize(
@@ -182,8 +183,11 @@ def test_an_existing_file_is_kept_without_force(here, capsys):
 
 
 def test_export_denoiser_does_the_same_from_python(tmp_path):
-    report = export_denoiser(tiny(), tmp_path / "tiny.onnx", sde=published.linear(), size=(16, 24))
+    net = tiny().train()
+    report = export_denoiser(net, tmp_path / "tiny.onnx", sde=published.linear(), size=(16, 24))
     assert report.within
+    assert net.training
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}  # it stays as it was
     assert artifact.read(tmp_path / "tiny.onnx").frame() == (24, 16)
 
 
@@ -331,6 +335,7 @@ def test_an_artifact_changes_its_precision(own, tmp_path, precision, tolerance, 
     assert 0 < found["verification"]["worst"]["error"] < tolerance
     assert found["verification"]["images"]["steps"] == 50
     opened = artifact.read(out)
+    assert found["metadata"] == opened.metadata
     assert (opened.precision, opened.name, opened.metadata["license"]) == (precision, "own", "CC0-1.0")
     assert [t.element for t in (*opened.inputs, *opened.outputs)] == ["float32"] * 3
 
@@ -425,6 +430,19 @@ def test_a_malicious_checkpoint_does_not_run(here, capsys, kind, flags):
     assert not Path("out.onnx").exists()
 
 
+@pytest.mark.parametrize("kind", ["torch", "pickle"])
+def test_lists_that_hold_each_other_a_million_times_over_are_refused(here, capsys, kind):
+    laughs: list = [torch.zeros(1)]
+    for _ in range(40):
+        laughs = [laughs, laughs]
+    if kind == "torch":
+        torch.save({"model": laughs}, "laughs.pt")
+    else:
+        Path("laughs.pt").write_bytes(pickle.dumps({"ema": laughs[0]}))
+    assert main(["export", "laughs.pt", "-o", "out.onnx"]) == 1
+    assert "more than 1000000 values" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -513,3 +531,29 @@ def test_the_artifact_names_the_file_it_came_from(here):
     assert source["file"] == "weights.pt"
     assert source["sha256"] == hashlib.sha256(Path("weights.pt").read_bytes()).hexdigest()
     assert str(here) not in json.dumps(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "message"),
+    [
+        ([], [*MODULE, "--preset", "church-256"], "--preset is not for --module"),
+        ([], [*MODULE, "--inputs", "x,t"], "--inputs is not for --module"),
+        (["weights.pt"], ["--predicts", "v"], "--predicts is not for a checkpoint, whose family knows"),
+        (["weights.pt"], ["--unit-data"], "--unit-data is not for a checkpoint, whose family knows"),
+        (["OWN"], ["--dynamic"], "--dynamic is not for one of our artifacts"),
+        (["OWN"], ["--size", "32"], "--size is not for one of our artifacts"),
+        (["OWN"], ["--class-label", "3"], "--class-label is not for one of our artifacts"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused(here, own, capsys, source, flags, message):
+    torch.save(tiny().state_dict(), "weights.pt")
+    named = [str(own) if name == "OWN" else name for name in source]
+    assert main(["export", *named, *flags, "-o", "out.onnx"]) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_nothing_to_export_and_nowhere_to_write_are_usage_errors(capsys):
+    assert main(["export", "-o", "out.onnx"]) == 2
+    assert "error: nothing to export" in capsys.readouterr().err
+    assert main(["export", "model.ckpt"]) == 2
+    assert "error: no file to write" in capsys.readouterr().err

@@ -479,8 +479,8 @@ def test_unknown_keys_and_presets_are_refused() -> None:
         assert message == f"edm has no config key '{key}' for this network"
         assert hint.startswith("--config takes img_resolution, in_channels")
     assert refused(tensors, preset="cifar10") == (
-        "edm has no preset 'cifar10'",
-        "leave --preset out: the tensors tell it all",
+        "family edm has no preset 'cifar10'",
+        "leave --preset out: the source tells it all",
     )
 
 

@@ -109,7 +109,7 @@ def test_the_tensors_of_an_edm_pickle_are_the_state_dict_of_its_module(network: 
     record = payload["ema"]
     assert record.class_name == "EDMPrecond"
     assert record.module("model").class_name == "SongUNet"
-    assert record.module("model").init_kwargs == {"model_channels": 8}
+    assert record.module("model").state["_init_kwargs"] == {"model_channels": 8}
     assert record.module("elsewhere") is None
     assert_same(pickles.tensors(record), {f"model.{name}": tensor for name, tensor in state.items()})
     assert payload["loss_fn"].state == {"P_mean": -1.2}
@@ -159,9 +159,6 @@ def test_harmless_kinds_become_plain_values() -> None:
     made = lambda: {  # noqa: E731
         "easy": easy_dict(class_name="training.networks.EDMPrecond", mult=[1, 2]),
         "numbers": [np.float32(0.5), np.int64(-3), np.bool_(True), np.dtype(">f8").type(2)],
-        "size": torch.Size([2, 3]),
-        "dtype": torch.float16,
-        "devices": [torch.device("cpu"), torch.device("cuda", 1)],
         "parameter": nn.Parameter(torch.ones(2)),
     }
     found = load(edm_pickle(made))
@@ -169,9 +166,6 @@ def test_harmless_kinds_become_plain_values() -> None:
     assert found["easy"] == {"class_name": "training.networks.EDMPrecond", "mult": [1, 2]}
     assert found["numbers"] == [0.5, -3, True, 2.0]
     assert {type(number) for number in found["numbers"]} == {float, int, bool}
-    assert found["size"] == (2, 3)
-    assert found["dtype"] is torch.float16
-    assert found["devices"] == ["cpu", "cuda:1"]
     assert type(found["parameter"]) is torch.Tensor
     assert not found["parameter"].requires_grad
 
@@ -190,7 +184,6 @@ def test_attributes_with_dangerous_names_are_data(network: nn.Module) -> None:
     assert type(record) is pickles.Record
     assert record.class_name == "Net"
     assert record.state == dict.fromkeys(names, "anything")
-    assert record.init_kwargs == {}
 
 
 # --- attacks -----------------------------------------------------------------------------------------------------
@@ -266,7 +259,7 @@ RUNNABLE: dict[str, tuple[Callable[[str], bytes], str]] = {  # what Python's own
         ),
         "builtins.getattr",
     ),
-    "an old instance": (lambda canary: b"(" + text(canary) + b"ios\nmkdir\n", "an instance of a class, the old way"),
+    "an old instance": (lambda canary: b"(" + text(canary) + b"ios\nmkdir\n", "the instruction INST"),
     "an older instance": (lambda canary: b"(cos\nmkdir\n" + text(canary) + b"o", "os.mkdir"),
     "an attribute": (
         lambda canary: called("builtins", "setattr", DICT, text("x"), called("os", "mkdir", text(canary))),
@@ -348,12 +341,12 @@ def test_the_extension_registry_is_not_asked(code: bytes, canary: Path, tmp_path
     finally:
         copyreg.remove_extension("os", "mkdir", 240)
         copyreg.clear_extension_cache()
-    assert str(refused.value) == f"the pickle asks for an object of the extension registry; {ONLY}"
+    assert str(refused.value) == f"the pickle asks for the instruction EXT{'124'[code[0] - 0x82]}; {ONLY}"
 
 
 REFUSED = {
-    "a persistent id": (b"Pstorage\n", "an object stored elsewhere"),
-    "a persistent tuple": (b"(" + text("storage") + text("0") + b"tQ", "an object stored elsewhere"),
+    "a persistent id": (b"Pstorage\n", "the instruction PERSID"),
+    "a persistent tuple": (b"(" + text("storage") + text("0") + b"tQ", "the instruction BINPERSID"),
     "a call of a value": (text("f") + b")R", "a call of a str"),
     "a call of an object": (LAYER + b")R", "a call of a Record"),
     "a call without a tuple": (b"ccollections\nOrderedDict\n]R", "a call of a _Global"),
@@ -366,11 +359,10 @@ REFUSED = {
     "a function as a value": (b"]ccollections\nOrderedDict\na", "functions or parts of tensors as values"),
     "a class as a value": (b"ctorch.nn.modules.linear\nLinear\n", "functions or parts of tensors as values"),
     "a function beside the layers": (b"ctorch.nn.modules\nsys.modules\n)R", "torch.nn.modules.sys.modules"),
-    "another base": (
-        called("copyreg", "_reconstructor", b"ctorch.nn.modules.linear\nLinear\n", b"cbuiltins\nset\n", b"N"),
-        "copyreg._reconstructor of more than an empty object",
+    "an object of any class": (
+        called("copyreg", "_reconstructor", b"ctorch.nn.modules.linear\nLinear\n", b"cbuiltins\nobject\n", b"N"),
+        "copyreg._reconstructor",
     ),
-    "the base itself": (called("builtins", "object"), "an object of its own kind"),
     "another dtype": (called("numpy", "dtype", text("O8")), "numpy.dtype of more than a number"),
     "an array": (called("numpy.core.multiarray", "_reconstruct"), "numpy.core.multiarray._reconstruct"),
     "out-of-band memory": (b"\x97", "the instruction NEXT_BUFFER"),
@@ -420,11 +412,7 @@ def deep() -> dict[Any, Any]:
     return {key: None}
 
 
-DEEP = "the pickle holds more than 10000000 values or 100 levels"
-LAUGHS = b"]" + b"".join(
-    b"q" + bytes([level]) + b"](" + (b"h" + bytes([level])) * 10 + b"e" for level in range(30)
-)  # each list holds the one before ten times
-
+DEEP = "the pickle's containers lie more than 100 deep, or in themselves"
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "lists in lists": (lambda: b"]" * 20_000 + b"a" * 19_999, DEEP),
     "tuples in tuples": (lambda: b")" + b"\x85" * 20_000, DEEP),
@@ -432,9 +420,8 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a deep key": (lambda: b"}" + b")" + b"\x85" * 20_000 + b"Ns", "a damaged pickle: a key that is neither text"),
     "a wide key": (lambda: b"}" + b")" + b"2\x86" * 100 + b"Ns", "a damaged pickle: a key that is neither text"),
     "a deep member": (lambda: b"\x8f(" + b")" + b"\x85" * 20_000 + b"\x90", "a damaged pickle: a key that is neither"),
-    "a billion laughs": (lambda: b"(" + LAUGHS + b"l", DEEP),
-    "a circle": (lambda: b"]q\x00h\x00a", "the pickle's containers contain themselves"),
-    "a long circle": (lambda: b"]q\x00}" + text("a") + b"h\x00sa", "the pickle's containers contain themselves"),
+    "a circle": (lambda: b"]q\x00h\x00a", DEEP),
+    "a long circle": (lambda: b"]q\x00}" + text("a") + b"h\x00sa", DEEP),
     "huge bytes": (lambda: b"\x8e" + struct.pack("<Q", 2**62) + b"abc", "a damaged pickle: expected"),
     "huger bytes": (lambda: b"\x8e" + struct.pack("<Q", 2**64 - 1) + b"abc", "a damaged pickle: bytes8 byte count"),
     "huge text": (lambda: b"X" + struct.pack("<I", 2**32 - 1) + b"abc", "a damaged pickle: expected 4294967295 bytes"),
@@ -466,7 +453,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "items of another kind": (lambda: b"](" + text("a") + b"Nu", "a damaged pickle: items for a dict go to a list"),
     "declared memory": (
         lambda: tensor_of(four().replace(b"K\x04N", b"\x8a\x06" + (2**40).to_bytes(6, "little") + b"N"), 0, (4,), (1,)),
-        "the pickle declares 1099511627776 values in",
+        "the pickle holds a tensor that is damaged or not one: ",
     ),
     "more memory than given": (
         lambda: tensor_of(four().replace(b"K\x04N", b"K\x40N"), 0, (4,), (1,)),
@@ -475,15 +462,6 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated memory": (
         lambda: tensor_of(four()[:-5], 0, (4,), (1,)),
         "the pickle holds a tensor that is damaged or not one: ",
-    ),
-    "one memory many times": (
-        lambda: b"("
-        + b"ctorch.storage\n_load_from_bytes\nq\x00"
-        + pushed(four())
-        + b"\x85q\x01R"
-        + b"h\x00h\x01R" * 1000
-        + b"l",
-        "the pickle builds more than it holds",
     ),
 }  # fmt: skip
 
@@ -501,14 +479,6 @@ def test_a_memo_index_costs_nothing() -> None:
     assert load(b"Nr\xff\xff\xff\xff0j\xff\xff\xff\xff.") is None
 
 
-def test_more_instructions_than_any_checkpoint_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickles, "INSTRUCTIONS", 1000)
-    assert load(b"N0" * 400 + b"N.") is None
-    with pytest.raises(CheckpointError) as refused:
-        load(b"N0" * 500 + b"N.")
-    assert str(refused.value) == "the pickle has more than 1000 instructions"
-
-
 # --- damage ------------------------------------------------------------------------------------------------------
 
 
@@ -517,7 +487,7 @@ def whole() -> bytes:
     """A small pickle with everything in it."""
     torch.manual_seed(0)
     net = persistent("Net", nn.Sequential(nn.Linear(2, 2), nn.GroupNorm(1, 2)), mult=[1, 2])
-    return edm_pickle(lambda: {"ema": net, "kwargs": easy_dict(a=np.float64(0.5), b={1, 2}, c=torch.Size([1]))})
+    return edm_pickle(lambda: {"ema": net, "kwargs": easy_dict(a=np.float64(0.5), b={1, 2}, c=1)})
 
 
 def test_a_truncated_pickle_is_refused_wherever_it_ends(whole: bytes, tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ from torch.nn import functional as F
 
 from sdedit import artifact
 from sdedit.errors import OptionError
-from sdedit.export.precision import emulate, halve, quantize, set_opset, widen
+from sdedit.export.graph import set_opset
+from sdedit.export.int8 import quantize
+from sdedit.export.precision import emulate, halve, widen
 from sdedit.export.to_onnx import halve_weights, trace
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -497,13 +499,6 @@ def test_bfloat16_cannot_go_back_to_an_older_opset(small: ModelProto) -> None:
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_precision_is_refused(small: ModelProto) -> None:
-    with pytest.raises(OptionError) as caught:
-        halve(small, "fp8")
-    assert str(caught.value) == "unknown precision 'fp8'"
-    assert caught.value.hint == "choose one of fp16, bf16"
-
-
 def test_a_weight_beyond_float16_is_refused_and_bfloat16_takes_it() -> None:
     torch.manual_seed(0)
     net = UNet()
@@ -623,8 +618,3 @@ def test_int8_leaves_no_files_no_handlers_and_no_output(
     assert logging.root.manager.disable == logging.NOTSET
     assert small.SerializeToString(deterministic=True) == before
     assert capfd.readouterr() == ("", "")
-
-
-def test_int8_without_inputs_is_refused(small: ModelProto) -> None:
-    with pytest.raises(OptionError, match="int8 needs inputs to set its ranges by"):
-        quantize(small, [])

@@ -55,7 +55,7 @@ def finish(source: Source, options: SourceOptions) -> Source:
 
 def recognise(path: Path, payload: object, known: dict[str, ModuleType]) -> str:
     """The family whose markers are all among the tensor names. Raises CheckpointError that lists them all."""
-    names = list(checkpoints.tensor_names(payload)) if isinstance(payload, dict | list | tuple) or payload else []
+    names = checkpoints.tensor_names(payload)
     found = {
         family: sum(any(re.search(marker, name) for name in names) for marker in module.MARKERS)
         for family, module in known.items()

@@ -5,20 +5,19 @@ which in this family is the one of 16x16; the noise schedule is the paper's unle
 network is diffusers' UNet2DModel with the same layers under other names.
 """
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sdedit import sde
 from sdedit.errors import ArtifactError, OptionError
 from sdedit.export import schedules
-from sdedit.export.checkpoints import CheckpointError, load_weights, parameter_count
+from sdedit.export.checkpoints import CheckpointError, find_network, flat, load_weights, parameter_count, shape_of
 from sdedit.export.denoiser import Convention
-from sdedit.export.networks.unet2d import PlainUNet, SinusoidalEmbedding, unet_on_meta
+from sdedit.export.networks.embedding import Sinusoidal, ddpm_rates
+from sdedit.export.networks.unet2d import PlainUNet, unet_on_meta
 from sdedit.export.source import Payload, Source, SourceOptions
 
 NAME = "ddpm"
@@ -53,58 +52,43 @@ NAMES = (  # of the file -> of UNet2DModel; up levels are counted from the other
 
 # --- what the user says ------------------------------------------------------------------------------------------
 
-KEYS = {  # section of the original's configuration file -> its options; those without meaning here are passed over
-    "model": (
-        *("type", "in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resamp_with_conv"),
-        *("dropout", "var_type", "ema", "ema_rate"),
-    ),
-    "data": (
-        *("image_size", "channels", "rescaled", "logit_transform", "dataset", "category", "num_workers"),
-        *("uniform_dequantization", "gaussian_dequantization", "random_flip"),
-    ),
-    "diffusion": ("beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps"),
-}
-PASSED_OVER = ("sampling", "training", "optim")  # sections
+SECTIONS = ("model", "data", "diffusion")  # of the original's configuration file
+SCHEDULE = ("beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps")
+OPTIONS = (
+    *("in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resamp_with_conv"),
+    *("image_size", "channels", "rescaled", "logit_transform", *SCHEDULE),
+)
+PASSED_OVER = (  # of training and sampling: D does not depend on them
+    *("sampling", "training", "optim", "type", "dropout", "var_type", "ema", "ema_rate", "dataset", "category"),
+    *("num_workers", "uniform_dequantization", "gaussian_dequantization", "random_flip"),
+)
 SCHEDULES = ("linear", "quad")
 
-
-def _published(image_size: int, ch_mult: list[int]) -> dict[str, dict[str, Any]]:
-    """What the published models share."""
-    return {
-        "model": {"ch": 128, "ch_mult": ch_mult, "num_res_blocks": 2, "attn_resolutions": [ATTENTION_AT]},
-        "data": {"image_size": image_size},
-        "diffusion": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_diffusion_timesteps": 1000},
-    }
-
-
+_PUBLISHED = {  # what the published models share
+    "ch": 128,
+    "num_res_blocks": 2,
+    "attn_resolutions": [ATTENTION_AT],
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "num_diffusion_timesteps": 1000,
+}
+_256 = {**_PUBLISHED, "image_size": 256, "ch_mult": [1, 1, 2, 2, 4, 4]}
 PRESETS: dict[str, dict[str, Any]] = {
-    "sdedit-church-256": _published(256, [1, 1, 2, 2, 4, 4]),
-    "sdedit-bedroom-256": _published(256, [1, 1, 2, 2, 4, 4]),
-    "sdedit-celebahq-256": _published(256, [1, 1, 2, 2, 4, 4]),
-    "ddpm-cifar10": _published(32, [1, 2, 2, 2]),
+    "sdedit-church-256": _256,
+    "sdedit-bedroom-256": _256,
+    "sdedit-celebahq-256": _256,
+    "ddpm-cifar10": {**_PUBLISHED, "image_size": 32, "ch_mult": [1, 2, 2, 2]},
 }
 
 
 def _settings(options: SourceOptions) -> dict[str, Any]:
-    """The preset's options under the user's, sections dissolved. Raises OptionError for what nobody knows."""
-    if options.preset is not None and options.preset not in PRESETS:
+    """The preset's options under the user's. Raises OptionError for what nobody knows."""
+    settings = options.preset_of(NAME, PRESETS) | options.config_without(SECTIONS, PASSED_OVER)
+    if unknown := [option for option in settings if option not in OPTIONS]:
         raise OptionError(
-            f"family ddpm has no preset {options.preset!r}", hint=f"--preset takes one of {', '.join(PRESETS)}"
+            f"config: family ddpm does not know {unknown[0]!r}", hint=f"--config takes {', '.join(OPTIONS)}"
         )
-    settings: dict[str, Any] = {}
-    for config in (PRESETS.get(options.preset or "", {}), options.config):
-        for key, value in config.items():  # {"data": {"image_size": 256}} or {"image_size": 256}
-            if key in PASSED_OVER:
-                continue
-            nested = isinstance(value, Mapping)
-            known = KEYS.get(key, ()) if nested else [option for section in KEYS.values() for option in section]
-            chosen = value if nested else {key: value}
-            if unknown := [option for option in chosen if option not in known]:
-                raise OptionError(
-                    f"config: family ddpm does not know {f'{key}.{unknown[0]}' if nested else key!r}",
-                    hint=f"--config takes {', '.join(f'{s}.{o}' for s in KEYS for o in KEYS[s])}",
-                )
-            settings |= chosen
     at = settings.get("attn_resolutions", [])
     sizes = [settings.get("image_size", 1), *(at if isinstance(at, list | tuple) else [None])]
     if any(type(size) is not int or size < 1 for size in sizes):
@@ -119,7 +103,7 @@ def _levels(settings: Mapping[str, Any], betas: Tensor | None) -> sde.VPDiscrete
     """ᾱ of the training: as the user says, as the file's own betas say, or as in Ho et al. 2020, section 4."""
     kind = settings.get("beta_schedule", "linear")
     try:
-        if betas is not None and not any(name in settings for name in KEYS["diffusion"]):
+        if betas is not None and not any(name in settings for name in SCHEDULE):
             return schedules.from_betas(betas.double().numpy())
         start, end = (float(settings.get(name, value)) for name, value in (("beta_start", 1e-4), ("beta_end", 0.02)))
         steps = int(settings.get("num_diffusion_timesteps", 1000))
@@ -127,7 +111,7 @@ def _levels(settings: Mapping[str, Any], betas: Tensor | None) -> sde.VPDiscrete
             raise ValueError
         return schedules.linear(start, end, steps) if kind == "linear" else schedules.scaled_linear(start, end, steps)
     except (ArtifactError, TypeError, ValueError) as error:
-        given = {name: settings[name] for name in KEYS["diffusion"] if name in settings} or "the file's betas"
+        given = {name: settings[name] for name in SCHEDULE if name in settings} or "the file's betas"
         raise OptionError(
             f"config: no noise schedule follows from {given}",
             hint=f"--config: beta_schedule {' or '.join(SCHEDULES)}, 0 < beta_start <= beta_end < 1",
@@ -140,13 +124,13 @@ def _levels(settings: Mapping[str, Any], betas: Tensor | None) -> sde.VPDiscrete
 def build(payload: Payload, options: SourceOptions) -> Source:
     """A network in whichever container its training left it. Raises CheckpointError, OptionError."""
     settings = _settings(options)
-    everything = dict(_flat(payload))
-    tensors, weights = _choose(everything, options.weights)
+    everything = dict(flat(payload))
+    tensors, _, weights = find_network(everything, STEM, options.weights)
     shape = Shape(tensors)
     _compare(shape, settings, options.preset)
     size = options.size or shape.size(settings)
     unet = unet_on_meta(shape.unet_config())
-    unet.time_proj = SinusoidalEmbedding(_rates(shape.ch), cosine_first=False)
+    unet.time_proj = Sinusoidal(ddpm_rates(shape.ch), cosine_first=False)
     load_weights(unet, rename(tensors, shape.levels), hint="a file of family ddpm has exactly these; is it whole?")
     betas = [tensor for name, tensor in everything.items() if re.search(r"(^|\.)betas$", name)]
     levels = _levels(settings, betas[0] if betas else None)
@@ -165,52 +149,12 @@ def build(payload: Payload, options: SourceOptions) -> Source:
     )
 
 
-def _rates(channels: int) -> list[float]:
-    """10000^(-k / (channels/2 - 1)), rounded as in training; diffusers' are those of another order of operations."""
-    step = -math.log(10000) / (channels // 2 - 1)
-    return torch.exp(step * torch.arange(channels // 2, dtype=torch.float32)).tolist()
-
-
-def _flat(payload: Payload, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor, with the way to it through mappings and lists as its name: 0.module.conv_in.weight."""
-    if isinstance(payload, Tensor):
-        yield prefix, payload
-    elif isinstance(payload, Mapping | list | tuple):
-        for key, value in payload.items() if isinstance(payload, Mapping) else enumerate(payload):
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _choose(tensors: Mapping[str, Tensor], wanted: str | None) -> tuple[dict[str, Tensor], str]:
-    """One network's tensors, and whether they are "ema" or "model".
-
-    Training writes the list [model, optimizer, epoch, step, averaged weights]; others {"model": …, "ema": …} or
-    {"state_dict": …}. Whatever the container, a network is what lies beside a temb.dense.0.weight.
-    """
-    found: dict[str, str] = {}
-    for prefix in (name.removesuffix(STEM) for name in tensors if re.search(MARKERS[0], name)):
-        averaged = re.search(r"(^|[._])ema([._]|$)|shadow|^[1-9]\d*\.", prefix)
-        found.setdefault("ema" if averaged else "model", prefix)
-    if not found:
-        raise CheckpointError(f"no tensor is called {STEM}", hint="--family names the kind of checkpoint; leave it out")
-    weights = wanted or ("ema" if "ema" in found else "model")
-    if weights not in found:
-        raise OptionError(f"the checkpoint has no {weights!r} weights", hint=f"--weights {' or '.join(found)}")
-    others = [prefix for prefix in found.values() if len(prefix) > len(found[weights])]
-    return {
-        name.removeprefix(found[weights]): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(found[weights]) and not any(name.startswith(other) for other in others)
-    }, weights
-
-
 class Shape:
     """The architecture that the tensors' names and shapes tell."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         def channels(name: str, axis: int) -> int:
-            if name not in tensors or tensors[name].ndim != 4:
-                raise CheckpointError(f"the checkpoint has no convolution {name}", hint="is the file whole?")
-            return int(tensors[name].shape[axis])
+            return shape_of(tensors, name, 4, hint="is the file whole?")[axis]
 
         def count(pattern: str) -> int:
             return len({found[1] for name in tensors if (found := re.match(pattern, name))})

@@ -69,10 +69,7 @@ def build(payload: Payload, options: SourceOptions) -> Source:
 
 def build_folder(path: Path, options: SourceOptions) -> Source:
     """The network of a pipeline folder. Raises CheckpointError and OptionError."""
-    if options.preset is not None:
-        raise OptionError(
-            f"family diffusers has no preset {options.preset!r}", hint="leave --preset out: the folder says it all"
-        )
+    options.preset_of(NAME, PRESETS)
     for key, value in options.config.items():
         if key not in ("unet", "scheduler") or not isinstance(value, dict):
             raise OptionError(f"config: family diffusers does not know {key!r}", hint=CONFIG_HINT)

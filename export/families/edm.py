@@ -7,6 +7,7 @@ class in the original pickle, or the user says it.
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from sdedit.errors import OptionError
 from sdedit.export import conditions, pickles
-from sdedit.export.checkpoints import CheckpointError, find_network, load_weights, parameter_count
+from sdedit.export.checkpoints import CheckpointError, find_network, flat, load_weights, parameter_count, shape_of
 from sdedit.export.denoiser import Convention
 from sdedit.export.networks.dhariwal_unet import DhariwalUNet
 from sdedit.export.networks.song_unet import SongUNet
@@ -23,6 +24,7 @@ from sdedit.sde import EDM, VE, VP
 
 NAME = "edm"
 DESCRIPTION = "EDM's pickle, or its tensors: map_layer0, enc.32x32_conv, dec.8x8_in0, …"
+KIND = f"{NAME} is: {DESCRIPTION}"
 STEM = "map_layer0.weight"
 MARKERS = (r"(^|\.)enc\.\d+x\d+_conv\.weight$", r"(^|\.)dec\.\d+x\d+_in0\.")
 PRESETS: dict[str, dict[str, Any]] = {}
@@ -52,33 +54,27 @@ class HalfLogLabel(nn.Module):
 # What the file holds
 
 
-def _gather(node: Payload, path: str, tensors: Tensors, records: dict[str, pickles.Record]) -> None:
-    """Every tensor and every outermost object, by its path with a dot at the end of each part."""
-    if isinstance(node, pickles.Record):
-        records[path] = node
-        tensors.update({path + name: tensor for name, tensor in pickles.tensors(node).items()})
-    elif isinstance(node, Mapping):
-        for name, value in node.items():
-            if isinstance(value, Tensor):
-                tensors[f"{path}{name}"] = value
-            else:
-                _gather(value, f"{path}{name}.", tensors, records)
+def _record_at(payload: Payload, path: str) -> pickles.Record | None:
+    """The object at a path such as "ema.", if one is there."""
+    for part in path.split(".")[:-1]:
+        if isinstance(payload, pickles.Record):
+            payload = payload.module(part)
+        else:
+            payload = payload.get(part) if isinstance(payload, Mapping) else None
+    return payload if isinstance(payload, pickles.Record) else None
 
 
 def _choose(payload: Payload, wanted: str | None) -> tuple[Tensors, str, pickles.Record | None]:
     """One network's tensors under their own names, "ema" or "model", and the object around it where that is known."""
-    every: Tensors = {}
-    records: dict[str, pickles.Record] = {}
-    _gather(payload, "", every, records)
+    every = dict(flat(payload))
     if any(re.search(r"(^|\.)(emb_fourier\.freqs|emb_noise\.weight)$", name) for name in every):
         raise CheckpointError(
             "this is an EDM2 network (Karras et al. 2024), which is another architecture",
             hint="this family is that of 2022; --module package.module:factory takes any PyTorch network",
         )
-    prefix, weights = find_network(every, STEM, wanted)
+    tensors, prefix, weights = find_network(every, STEM, wanted)
     around = prefix.removesuffix("model.")  # the preconditioner, whose attribute the network is
-    owner = records.get(around)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in every.items() if name.startswith(prefix)}
+    owner = _record_at(payload, around)
     levels = prefix != around and f"{around}u" in every
     if (owner and owner.class_name == "iDDPMPrecond") or levels:
         raise _discrete()
@@ -98,19 +94,13 @@ def _discrete() -> CheckpointError:
 def _told(tensors: Tensors) -> dict[str, Any]:
     """The constructor's arguments, by the original's names."""
 
-    def shape(name: str, rank: int) -> torch.Size:
-        if name not in tensors:
-            raise CheckpointError(f"the file has no {name}", hint=f"{NAME} is: {DESCRIPTION}")
-        size = tensors[name].shape
-        if len(size) != rank or 0 in size:
-            raise CheckpointError(f"{name} has shape {list(size)}; wanted {rank} dimensions", hint="download it again")
-        return size
+    shape = partial(shape_of, tensors, hint=KIND)
 
     def multiple(name: str, channels: int) -> int:
         if channels % model_channels:
             raise CheckpointError(
                 f"{name} has {channels} channels, not a multiple of the network's {model_channels}",
-                hint=f"{NAME} is: {DESCRIPTION}",
+                hint=KIND,
             )
         return channels // model_channels
 
@@ -120,7 +110,7 @@ def _told(tensors: Tensors) -> dict[str, Any]:
         raise CheckpointError(
             f"the layers' resolutions are {', '.join(map(str, resolutions)) or 'not in their names'}; "
             "wanted each half the one before",
-            hint=f"{NAME} is: {DESCRIPTION}",
+            hint=KIND,
         )
     first = f"{resolutions[0]}x{resolutions[0]}"
     song = f"dec.{first}_aux_conv.weight" in tensors
@@ -129,7 +119,7 @@ def _told(tensors: Tensors) -> dict[str, Any]:
     if noise[1] % 2 or noise[1] < 4:
         raise CheckpointError(
             f"{STEM} takes {noise[1]} channels, which are not pairs of cosines and sines",
-            hint=f"{NAME} is: {DESCRIPTION}",
+            hint=KIND,
         )
     blocks = [name for name in tensors if re.fullmatch(rf"enc\.{first}_block\d+\.conv0\.weight", name)]
     told: dict[str, Any] = {
@@ -155,7 +145,7 @@ def _told(tensors: Tensors) -> dict[str, Any]:
     taps = _taps(tensors)
     if not song:
         if taps != (1, 1):
-            raise CheckpointError(f"the filter is {list(taps)}; ADM's is [1, 1]", hint=f"{NAME} is: {DESCRIPTION}")
+            raise CheckpointError(f"the filter is {list(taps)}; ADM's is [1, 1]", hint=KIND)
         return told
     names = " ".join(tensors)
     return told | {
@@ -181,7 +171,7 @@ def _taps(tensors: Tensors) -> tuple[float, ...]:
             return tuple(round(tap, 3) for tap in (row / row[0]).tolist())
     raise CheckpointError(
         "the resample_filter buffers are not one separable filter with an even number of taps",
-        hint=f"{NAME} is: {DESCRIPTION}",
+        hint=KIND,
     )
 
 
@@ -209,28 +199,24 @@ def _preconditioning(owner: pickles.Record | None, options: SourceOptions) -> st
 
 def _check_config(config: Mapping[str, Any], told: Mapping[str, Any], constants: Mapping[str, float]) -> None:
     """Raise OptionError for a key that does not exist or says otherwise than the tensors."""
-
-    def spelled(key: str, value: Any) -> Any:
-        if not isinstance(told[key], tuple):
-            return str(value)
-        numbers = [float(v) for v in (value.split(",") if isinstance(value, str) else value)]
-        return sorted(numbers) if key == "attn_resolutions" else numbers
-
     for key, value in config.items():
-        if key not in told and key not in (*constants, *IGNORED, "precond"):
+        if key not in (*told, *constants, *IGNORED, "precond"):
             raise OptionError(
                 f"{NAME} has no config key {key!r} for this network",
                 hint=f"--config takes {', '.join((*told, *constants))}",
             )
-        if key not in told:
-            continue
-        try:
-            same = spelled(key, value) == spelled(key, told[key])
-        except (ValueError, TypeError):
-            same = False
-        if not same:
+        if key in told and _numbers(key, value) != _numbers(key, told[key]):
             have = list(told[key]) if isinstance(told[key], tuple) else told[key]
             raise OptionError(f"config {key} is {value!r}; the tensors say {have}", hint=f"leave --config {key} out")
+
+
+def _numbers(key: str, value: Any) -> list[float] | str:
+    """Numbers however they are spelled, in any order where that means nothing; other values as text."""
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    try:
+        return sorted(map(float, items)) if key == "attn_resolutions" else list(map(float, items))
+    except (ValueError, TypeError):
+        return str(value)
 
 
 def _constants(kind: str, owner: pickles.Record | None, config: Mapping[str, Any]) -> dict[str, float]:
@@ -274,15 +260,12 @@ def _network(told: dict[str, Any]) -> nn.Module:
         with torch.device("meta"):
             return SongUNet(**told) if "encoder_type" in told else DhariwalUNet(**told)
     except (ValueError, ArithmeticError) as error:  # of GroupNorm and the heads
-        raise CheckpointError(f"no network has these channels: {error}", hint=f"{NAME} is: {DESCRIPTION}") from error
+        raise CheckpointError(f"no network has these channels: {error}", hint=KIND) from error
 
 
 def build(payload: Payload, options: SourceOptions) -> Source:
     """The network, its preconditioning and its size. Raises CheckpointError, OptionError."""
-    if options.preset is not None:
-        raise OptionError(
-            f"{NAME} has no preset {options.preset!r}", hint="leave --preset out: the tensors tell it all"
-        )
+    options.preset_of(NAME, PRESETS)
     tensors, weights, owner = _choose(payload, options.weights)
     told = _told(tensors)
     kind = _preconditioning(owner, options)
@@ -291,7 +274,7 @@ def build(payload: Payload, options: SourceOptions) -> Source:
     convention, trained = _convention(kind, constants)
 
     used = {name: tensor for name, tensor in tensors.items() if name != "map_augment.weight"}  # a label of zeros
-    net = load_weights(_network(told), used, hint=f"the layout is read from the names: {NAME} is: {DESCRIPTION}")
+    net = load_weights(_network(told), used, hint=f"the layout is read from the names: {KIND}")
     parameters, classes = parameter_count(net), told["label_dim"]
     if kind == "ve":
         net = HalfLogLabel(net)

@@ -5,22 +5,24 @@ the schedule come from a preset or from --config, whose keys are the names of th
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
 
 from sdedit.errors import OptionError
 from sdedit.export import conditions, schedules
-from sdedit.export.checkpoints import CheckpointError, find_network, load_weights, parameter_count
+from sdedit.export.checkpoints import CheckpointError, find_network, flat, load_weights, parameter_count, shape_of
 from sdedit.export.denoiser import Convention
-from sdedit.export.networks.adm import ADM, GROUPS
+from sdedit.export.networks.adm import ADM
 from sdedit.export.source import Payload, Source, SourceOptions, Tensors
 from sdedit.sde import VPDiscrete
 
 NAME = "guided-diffusion"
 DESCRIPTION = "PyTorch file with time_embed, input_blocks, middle_block, output_blocks and out: an ADM U-Net"
+KIND = f"{NAME} is: {DESCRIPTION}"
 STEM = "input_blocks.0.0.weight"
 MARKERS = (
     r"(^|\.)input_blocks\.0\.0\.weight$",
@@ -88,12 +90,6 @@ def _switch(value: Any) -> bool:
     return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
 
 
-def _schedule_name(value: Any) -> str:
-    if value not in ("linear", "cosine"):
-        raise ValueError(value)
-    return str(value)
-
-
 def _items(value: Any) -> list[str]:
     return [str(item) for item in (value if isinstance(value, list | tuple) else str(value).split(","))]
 
@@ -112,43 +108,33 @@ def _multipliers(value: Any) -> list[Fraction] | None:
     return multipliers
 
 
-NUMBER, HEADS, SWITCH = "a whole number above 0", "a whole number above 0, or -1 for not used", "True or False"
+def _named(value: Any) -> str:
+    return {"linear": "linear", "cosine": "cosine"}[value]
+
+
+_COUNTS = ("image_size", "num_channels", "num_res_blocks", "diffusion_steps")
+_HEADS = ("num_heads", "num_head_channels", "num_heads_upsample")
+_SWITCHES = (
+    *("use_new_attention_order", "use_scale_shift_norm", "resblock_updown", "conv_resample"),
+    *("class_cond", "learn_sigma", "predict_xstart", "rescale_timesteps"),
+)
 KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "image_size": (_number, NUMBER),
-    "num_channels": (_number, NUMBER),
+    **dict.fromkeys(_COUNTS, (_number, "a whole number above 0")),
     "channel_mult": (_multipliers, "numbers such as 1,1,2,2,4,4"),
-    "num_res_blocks": (_number, NUMBER),
     "attention_resolutions": (_resolutions, "numbers such as 32,16,8"),
-    "num_heads": (_heads, HEADS),
-    "num_head_channels": (_heads, HEADS),
-    "num_heads_upsample": (_heads, HEADS),
-    "use_new_attention_order": (_switch, SWITCH),
-    "use_scale_shift_norm": (_switch, SWITCH),
-    "resblock_updown": (_switch, SWITCH),
-    "conv_resample": (_switch, SWITCH),
-    "class_cond": (_switch, SWITCH),
-    "learn_sigma": (_switch, SWITCH),
-    "noise_schedule": (_schedule_name, "linear or cosine"),
-    "diffusion_steps": (_number, NUMBER),
-    "predict_xstart": (_switch, SWITCH),
-    "rescale_timesteps": (_switch, SWITCH),
+    **dict.fromkeys(_HEADS, (_heads, "a whole number above 0, or -1 for not used")),
+    **dict.fromkeys(_SWITCHES, (_switch, "True or False")),
+    "noise_schedule": (_named, "linear or cosine"),
 }
 IGNORED = (  # of training and sampling: D does not depend on them
-    "dropout",
-    "rescale_learned_sigmas",
-    "sigma_small",
-    "timestep_respacing",
-    "use_checkpoint",
-    "use_fp16",
-    "use_kl",
+    *("dropout", "rescale_learned_sigmas", "sigma_small", "timestep_respacing", "use_checkpoint"),
+    *("use_fp16", "use_kl"),
 )
 
 
 def _said(options: SourceOptions) -> dict[str, Any]:
     """The preset under the user's own config, parsed; without what neither says."""
-    if options.preset is not None and options.preset not in PRESETS:
-        raise OptionError(f"{NAME} has no preset {options.preset!r}", hint=f"--preset takes {', '.join(PRESETS)}")
-    preset = PRESETS.get(options.preset or "", {})
+    preset = options.preset_of(NAME, PRESETS)
     if {"num_heads", "num_head_channels"} & set(options.config):  # one choice, made in two keys
         preset = {key: value for key, value in preset.items() if key not in ("num_heads", "num_head_channels")}
     said = {}
@@ -172,39 +158,22 @@ def _said(options: SourceOptions) -> dict[str, Any]:
 # What the tensors tell
 
 
-def _flat(node: Payload, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of nested dicts and its path, joined with dots."""
-    if isinstance(node, torch.Tensor):
-        yield path, node
-    elif isinstance(node, Mapping):
-        for name, value in node.items():
-            yield from _flat(value, f"{path}.{name}" if path else str(name))
-
-
 def _choose_weights(payload: Payload, wanted: str | None) -> tuple[Tensors, str]:
     """One network's tensors under their own names, and "ema" or "model"."""
-    flat = dict(_flat(payload))
-    if any("first_stage_model." in name or "diffusion_model." in name for name in flat):
+    every = dict(flat(payload))
+    if any("first_stage_model." in name or "diffusion_model." in name for name in every):
         raise CheckpointError(
             "this is a latent diffusion model, whose network sees an autoencoder's codes",
             hint="SDEdit here works on pixels: choose a checkpoint that was trained on them",
         )
-    prefix, weights = find_network(flat, STEM, wanted)
-    return {name.removeprefix(prefix): tensor for name, tensor in flat.items() if name.startswith(prefix)}, weights
+    tensors, _, weights = find_network(every, STEM, wanted)
+    return tensors, weights
 
 
 def _told(tensors: Tensors) -> dict[str, Any]:
     """Config keys that names and shapes decide; `attention` holds downsampling factors."""
 
-    def shape(name: str, rank: int) -> torch.Size:
-        if name not in tensors:
-            raise CheckpointError(f"the file has no {name}", hint=f"{NAME} is: {DESCRIPTION}")
-        size = tensors[name].shape
-        if len(size) != rank or 0 in size:
-            raise CheckpointError(
-                f"{name} has shape {list(size)}; wanted {rank} dimensions", hint=f"{NAME} is: {DESCRIPTION}"
-            )
-        return size
+    shape = partial(shape_of, tensors, hint=KIND)
 
     def matching(pattern: str) -> list[re.Match[str]]:
         return [match for name in tensors if (match := re.fullmatch(pattern, name))]
@@ -229,9 +198,7 @@ def _told(tensors: Tensors) -> dict[str, Any]:
     residuals = len(matching(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight"))
     levels = 1 + max(pooled, convolutions, residuals)
     if count % levels or count < 2 * levels:
-        raise CheckpointError(
-            f"{count} input_blocks do not make {levels} levels of equal depth", hint=f"{NAME} is: {DESCRIPTION}"
-        )
+        raise CheckpointError(f"{count} input_blocks do not make {levels} levels of equal depth", hint=KIND)
     first = [1 + level * (count // levels) for level in range(levels)]
     base = shape("time_embed.0.weight", 2)[1]
     widths = [shape(f"input_blocks.{i}.0.in_layers.2.weight", 4)[0] for i in first]
@@ -289,43 +256,30 @@ def _require_all(config: dict[str, Any], trained_size: int | None) -> None:
 
 
 def _network(config: dict[str, Any]) -> ADM:
-    """An ADM on the meta device."""
+    """An ADM on the meta device. Raises CheckpointError."""
     widths = tuple(int(multiplier * config["num_channels"]) for multiplier in config["channel_mult"])
-    attention = {level for level in range(len(widths)) if 2**level in config["attention"]}
     num_heads = config.get("num_heads", 1)
-    num_heads_upsample = config.get("num_heads_upsample", num_heads)
-    num_head_channels = config.get("num_head_channels")
-    for width in widths:
-        if width % GROUPS:
-            raise CheckpointError(
-                f"a level has {width} channels; wanted a multiple of {GROUPS}",
-                hint="correct num_channels or channel_mult in --config",
+    try:
+        with torch.device("meta"):
+            return ADM(
+                channels=config["channels"],
+                out_channels=config["channels"] * (2 if config["learn_sigma"] else 1),
+                model_channels=config["num_channels"],
+                widths=widths,
+                blocks=config["num_res_blocks"],
+                attention={level for level in range(len(widths)) if 2**level in config["attention"]},
+                num_heads=num_heads,
+                num_heads_upsample=config.get("num_heads_upsample", num_heads),
+                num_head_channels=config.get("num_head_channels"),
+                new_order=config.get("use_new_attention_order", False),
+                classes=config["classes"],
+                scale_shift=config["use_scale_shift_norm"],
+                updown=config["resblock_updown"],
+                conv_resample=config["conv_resample"],
             )
-    parts = {"num_heads": num_heads, "num_heads_upsample": num_heads_upsample}
-    for key, part in ({"num_head_channels": num_head_channels} if num_head_channels else parts).items():
-        for width in sorted({widths[level] for level in (*attention, -1)}):
-            if width % part:
-                raise OptionError(
-                    f"config {key} is {part}, which does not divide the {width} channels of an attention layer",
-                    hint=f"correct {key} in --config",
-                )
-    with torch.device("meta"):
-        return ADM(
-            channels=config["channels"],
-            out_channels=config["channels"] * (2 if config["learn_sigma"] else 1),
-            model_channels=config["num_channels"],
-            widths=widths,
-            blocks=config["num_res_blocks"],
-            attention=attention,
-            num_heads=num_heads,
-            num_heads_upsample=num_heads_upsample,
-            num_head_channels=num_head_channels,
-            new_order=config.get("use_new_attention_order", False),
-            classes=config["classes"],
-            scale_shift=config["use_scale_shift_norm"],
-            updown=config["resblock_updown"],
-            conv_resample=config["conv_resample"],
-        )
+    except ValueError as error:  # of GroupNorm and the heads
+        hint = "correct num_channels, channel_mult, num_heads or num_head_channels in --config"
+        raise CheckpointError(f"no network has these channels: {error}", hint=hint) from error
 
 
 def _schedule(noise_schedule: str, steps: int) -> VPDiscrete:

@@ -131,9 +131,8 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{key: (words.__contains__, " or ".join(words)) for key, words in _WORDS.items()},
 }
 _SECTIONS = ("model", "data", "training")
-_IGNORED_SECTIONS = ("sampling", "eval", "optim")
 _IGNORED = """
-    batch_size category conv_size dataset device dropout ema_rate eval_freq fourier_scale init_scale
+    sampling eval optim batch_size category conv_size dataset device dropout ema_rate eval_freq fourier_scale init_scale
     likelihood_weighting log_freq n_iters n_jitted_steps num_classes random_flip reduce_mean seed sigma_begin
     snapshot_freq snapshot_freq_for_preemption snapshot_sampling tfrecords_path uniform_dequantization
 """  # they decide how it was trained, not what it computes
@@ -316,16 +315,13 @@ def _told(tensors: Mapping[str, Tensor]) -> tuple[Config, tuple[int, ...]]:
 
 def _config(told: Config, options: SourceOptions) -> tuple[Config, str | None]:
     """All options, from the tensors, the preset and the user, the later ones winning; and the preset's name."""
-    given, name = _given(options.config), options.preset
-    if name is not None and name not in PRESETS:
-        raise OptionError(f"{NAME} has no preset {name!r}", hint=f"choose one of {', '.join(PRESETS)}")
+    given, name, preset = _given(options), options.preset, options.preset_of(NAME, PRESETS)
     for key in told:
         if key in given and key not in _FREE and told[key] != given[key]:
             raise CheckpointError(
                 f"{key} is {given[key]} in --config, and {told[key]} by the file's tensors",
                 hint=f"leave {key} out, or give the configuration of this file",
             )
-    preset = PRESETS[name] if name is not None else {}
     for key in told:
         if key in preset and key not in given and not _alike(told[key], preset[key]):
             raise CheckpointError(
@@ -342,15 +338,10 @@ def _config(told: Config, options: SourceOptions) -> tuple[Config, str | None]:
     return _USUAL | told | size | preset | given, name
 
 
-def _given(config: Mapping[str, Any]) -> Config:
+def _given(options: SourceOptions) -> Config:
     """The user's options, flat and checked. Sections as in the original's files are opened."""
-    flat: Config = {}
-    for key, value in config.items():
-        if key in _SECTIONS and isinstance(value, Mapping):
-            flat |= value
-        elif key not in _IGNORED_SECTIONS:
-            flat[key] = value
-    given = {key: _checked(key, value) for key, value in flat.items() if key not in _IGNORED.split()}
+    flat = options.config_without(_SECTIONS, _IGNORED.split())
+    given = {key: _checked(key, value) for key, value in flat.items()}
     return given | _DDPM if given.get("name") == "ddpm" else given
 
 

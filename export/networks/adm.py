@@ -4,22 +4,13 @@ Parameter names are those of the published files: input_blocks, middle_block, ou
 outer two a residual block, then attention where the level has it, then a change of resolution where one is due.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdedit.export.networks.embedding import Sinusoidal, rates
+
 GROUPS = 32  # of every GroupNorm
-
-
-def sinusoidal(label: Tensor, channels: int) -> Tensor:
-    """(B,) -> (B, channels): cosines, then sines, frequencies from 1 towards 1/10000. Vaswani et al. 2017."""
-    half = channels // 2
-    steps = torch.arange(half, dtype=label.dtype, device=label.device)
-    phase = label[:, None] * torch.exp(-math.log(10000) * steps / half)
-    embedding = torch.cat([phase.cos(), phase.sin()], dim=1)
-    return F.pad(embedding, (0, 1)) if channels % 2 else embedding
 
 
 class ResidualBlock(nn.Module):
@@ -133,8 +124,8 @@ class ADM(nn.Module):
         conv_resample: bool,
     ) -> None:
         super().__init__()
-        self.model_channels = model_channels
         embedding = 4 * model_channels
+        self.sinusoidal = Sinusoidal(rates(model_channels, shift=0), cosine_first=True)
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
@@ -144,7 +135,10 @@ class ADM(nn.Module):
             return ResidualBlock(width, out, embedding, scale_shift=scale_shift, resample=resample)
 
         def attend(width: int, heads: int) -> Attention:
-            return Attention(width, width // num_head_channels if num_head_channels else heads, new_order=new_order)
+            part = num_head_channels or heads
+            if width % part:
+                raise ValueError(f"an attention layer of {width} does not divide by {part}")
+            return Attention(width, width // part if num_head_channels else heads, new_order=new_order)
 
         width = widths[0]
         kept = [width]  # the width of every input block, which an output block takes back
@@ -179,7 +173,7 @@ class ADM(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, label: Tensor, class_label: Tensor | None = None) -> Tensor:
-        e = self.time_embed(sinusoidal(label, self.model_channels))
+        e = self.time_embed(self.sinusoidal(label))
         if self.label_emb is not None:
             e = e + self.label_emb(class_label)
         h, kept = x, []

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdedit.export.networks.edm_blocks import Style, UNetBlock, group_norm, sinusoids
+from sdedit.export.networks.edm_blocks import Style, UNetBlock, group_norm
+from sdedit.export.networks.embedding import Sinusoidal, edm_rates
 
 EPS = 1e-5  # of every GroupNorm
 HEAD_CHANNELS = 64
@@ -35,11 +36,12 @@ class DhariwalUNet(nn.Module):
     ) -> None:
         super().__init__()
         self.names = [f"{img_resolution >> level}x{img_resolution >> level}" for level in range(len(channel_mult))]
-        self.num_blocks, self.model_channels = num_blocks, model_channels
+        self.num_blocks = num_blocks
         embedding = model_channels * channel_mult_emb
         style = Style(embedding, EPS, skip_scale=1.0, adaptive_scale=True, resample_proj=False)
         widths = [model_channels * multiplier for multiplier in channel_mult]
 
+        self.map_noise = Sinusoidal(edm_rates(model_channels, shift=0), cosine_first=True)
         self.map_layer0 = nn.Linear(model_channels, embedding)
         self.map_layer1 = nn.Linear(embedding, embedding)
         self.map_label = nn.Linear(label_dim, embedding, bias=False) if label_dim else None
@@ -76,8 +78,7 @@ class DhariwalUNet(nn.Module):
         self.out_conv = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def embed(self, label: Tensor, class_label: Tensor | None) -> Tensor:
-        e = torch.cat(sinusoids(label, self.model_channels, endpoint=False), dim=1)
-        e = self.map_layer1(F.silu(self.map_layer0(e)))
+        e = self.map_layer1(F.silu(self.map_layer0(self.map_noise(label))))
         if self.map_label is not None:
             e = e + F.embedding(class_label, self.map_label.weight.t())
         return F.silu(e)

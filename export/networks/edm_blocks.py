@@ -26,14 +26,6 @@ class Style:
     taps: Taps = (1, 1)
 
 
-def sinusoids(label: Tensor, channels: int, *, endpoint: bool) -> tuple[Tensor, Tensor]:
-    """cos and sin of label (B,), each (B, channels/2): frequencies from 1 to 1/10000. Vaswani et al. 2017."""
-    half = channels // 2
-    steps = torch.arange(half, dtype=label.dtype, device=label.device) / (half - 1 if endpoint else half)
-    phase = label[:, None] * (1 / 10000) ** steps
-    return phase.cos(), phase.sin()
-
-
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdedit.export.networks.embedding import Sinusoidal, ddpm_rates
 from sdedit.export.networks.fir import Resample, Taps, smooth
 
 HALF = math.sqrt(0.5)  # keeps the variance of a sum of two
@@ -140,14 +141,6 @@ class Fourier(nn.Module):
         return torch.cat([phase.sin(), phase.cos()], dim=1)
 
 
-def positional(label: Tensor, nf: int) -> Tensor:
-    """The sinusoids of Vaswani et al. 2017, wavelengths from 2π to 10000·2π: (B,) -> (B, nf)."""
-    half = nf // 2
-    frequencies = torch.exp(torch.arange(half, dtype=label.dtype, device=label.device) * -(math.log(1e4) / (half - 1)))
-    phase = label[:, None] * frequencies
-    return torch.cat([phase.sin(), phase.cos()], dim=1)
-
-
 class NCSNpp(nn.Module):
     """x (B, C, H, W), label (B,) -> (B, C, H, W). H and W are multiples of 2^(levels - 1).
 
@@ -177,8 +170,9 @@ class NCSNpp(nn.Module):
         scale_by_sigma: bool,
     ) -> None:
         super().__init__()
-        self.nf, self.levels, self.blocks, self.attention = nf, len(ch_mult), num_res_blocks, attention
-        self.fourier, self.conditional, self.biggan = fourier, conditional, biggan
+        self.levels, self.blocks, self.attention = len(ch_mult), num_res_blocks, attention
+        self.conditional, self.biggan = conditional, biggan
+        self.positional = None if fourier else Sinusoidal(ddpm_rates(nf), cosine_first=False)
         self.progressive, self.progressive_input = progressive, progressive_input
         self.centered, self.scale_by_sigma, self.scale = centered, scale_by_sigma, HALF if skip_rescale else 1.0
         self.shrink = Resample(channels, up=False, taps=taps)
@@ -244,7 +238,7 @@ class NCSNpp(nn.Module):
         def following(*inputs: Tensor | None) -> Tensor:  # the next module in the checkpoint's order
             return next(modules)(*inputs)
 
-        e = following(label.log()) if self.fourier else positional(label, self.nf)
+        e = self.positional(label) if self.positional else following(label.log())
         e = following(F.silu(following(e))) if self.conditional else None
         image = x if self.centered else 2 * x - 1
 

@@ -9,41 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdedit.export.networks.edm_blocks import (
-    FusedDown,
-    Resample,
-    Style,
-    Taps,
-    UNetBlock,
-    group_norm,
-    sinusoids,
-)
+from sdedit.export.networks.edm_blocks import FusedDown, Resample, Style, Taps, UNetBlock, group_norm
+from sdedit.export.networks.embedding import Sinusoidal, edm_rates
 
 EPS = 1e-6  # of every GroupNorm
 HALF = math.sqrt(0.5)  # keeps the variance of a sum of two
 
 
 class Fourier(nn.Module):
-    """Random Fourier features (Tancik et al. 2020): (B,) -> cos and sin, each (B, channels/2). Never trained."""
+    """Random Fourier features (Tancik et al. 2020): (B,) -> (B, channels). Never trained."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("freqs", torch.empty(channels // 2))
 
-    def forward(self, label: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, label: Tensor) -> Tensor:
         phase = label[:, None] * (2 * math.pi * self.freqs)
-        return phase.cos(), phase.sin()
-
-
-class Positional(nn.Module):
-    """(B,) -> cos and sin, each (B, channels/2)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, label: Tensor) -> tuple[Tensor, Tensor]:
-        return sinusoids(label, self.channels, endpoint=True)
+        return torch.cat([phase.sin(), phase.cos()], dim=1)
 
 
 class SongUNet(nn.Module):
@@ -81,7 +63,8 @@ class SongUNet(nn.Module):
         widths = [model_channels * multiplier for multiplier in channel_mult]
         attention = [img_resolution >> level in attn_resolutions for level in range(len(widths))]
 
-        self.map_noise = Fourier(noise) if embedding_type == "fourier" else Positional(noise)
+        positional = Sinusoidal(edm_rates(noise, shift=1), cosine_first=False)
+        self.map_noise = Fourier(noise) if embedding_type == "fourier" else positional
         self.map_label = nn.Linear(label_dim, noise) if label_dim else None
         self.map_layer0 = nn.Linear(noise, embedding)
         self.map_layer1 = nn.Linear(embedding, embedding)
@@ -98,8 +81,7 @@ class SongUNet(nn.Module):
                     self.enc[f"{name}_aux_down"] = Resample(aux, "down", resample_filter)
                     self.enc[f"{name}_aux_skip"] = nn.Conv2d(aux, width, 1)
                 if encoder_type == "residual":
-                    residual = FusedDown(aux, width, resample_filter)
-                    self.enc[f"{name}_aux_residual"] = residual
+                    self.enc[f"{name}_aux_residual"] = FusedDown(aux, width, resample_filter)
                     aux = width
             kept.append(width)
             for i in range(num_blocks):
@@ -126,14 +108,10 @@ class SongUNet(nn.Module):
                 self.dec[f"{name}_aux_conv"] = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def embed(self, label: Tensor, class_label: Tensor | None) -> Tensor:
-        cos, sin = self.map_noise(label)
-        e = torch.cat([sin, cos], dim=1)
+        e = self.map_noise(label)
         if self.map_label is not None:  # the product with a one-hot vector of length √label_dim
-            e = (
-                e
-                + F.embedding(class_label, self.map_label.weight.t()) * math.sqrt(self.label_dim)
-                + self.map_label.bias
-            )
+            e = e + F.embedding(class_label, self.map_label.weight.t()) * math.sqrt(self.label_dim)
+            e = e + self.map_label.bias
         return F.silu(self.map_layer1(F.silu(self.map_layer0(e))))
 
     def forward(self, x: Tensor, label: Tensor, class_label: Tensor | None = None) -> Tensor:

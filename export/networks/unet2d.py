@@ -1,13 +1,13 @@
 """diffusers' UNet2DModel (the U-Nets of Ho et al. 2020 and Song et al. 2021) made exact and plain to trace."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sdedit.export.checkpoints import CheckpointError
+from sdedit.export.networks.embedding import Sinusoidal, rates
 from sdedit.export.networks.fir import Resample
 
 TAPS = (1.0, 3.0, 3.0, 1.0)  # of the library's FIR layers
@@ -25,7 +25,7 @@ def unet_on_meta(config: Mapping[str, Any]) -> nn.Module:
     embedding = unet.time_proj
     if type(embedding).__name__ == "Timesteps" and embedding.num_channels % 2 == 0:
         shifted = rates(embedding.num_channels, embedding.downscale_freq_shift)
-        unet.time_proj = SinusoidalEmbedding(shifted, embedding.flip_sin_to_cos)
+        unet.time_proj = Sinusoidal(shifted, cosine_first=embedding.flip_sin_to_cos)
     for block in (*unet.down_blocks, *unet.up_blocks):
         if getattr(block, "resnet_down", None) is not None:
             block.resnet_down.downsample = Resample(block.resnet_down.in_channels, up=False, taps=TAPS)
@@ -47,27 +47,6 @@ class PlainUNet(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor, *conditions: Tensor) -> Tensor:
         return self.unet(x, label.long() if self.looks_up else label, *conditions, return_dict=False)[0]
-
-
-class SinusoidalEmbedding(nn.Module):
-    """label (B,) -> (B, 2 len(rates)), sines and cosines: Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
-
-    In the label's precision, where diffusers' own is float32 always.
-    """
-
-    def __init__(self, rates: Sequence[float], cosine_first: bool) -> None:
-        super().__init__()
-        self.rates, self.cosine_first = tuple(rates), cosine_first
-
-    def forward(self, label: Tensor) -> Tensor:
-        phase = label[:, None] * torch.tensor(self.rates, dtype=label.dtype, device=label.device)
-        return torch.cat((phase.cos(), phase.sin()) if self.cosine_first else (phase.sin(), phase.cos()), dim=1)
-
-
-def rates(channels: int, shift: float) -> list[float]:
-    """10000^(-k / (channels/2 - shift)), rounded as diffusers rounds them: networks were trained with those."""
-    k = torch.arange(channels // 2, dtype=torch.float32, device="cpu")
-    return torch.exp(-math.log(10000) * k / (channels // 2 - shift)).tolist()
 
 
 def library() -> Any:

@@ -1,0 +1,150 @@
+"""A denoiser's graph with 8-bit layers, as many as the tolerance allows."""
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from sdedit.export.graph import FLOAT, LAYERS, copied, lift_constants, network, rename, types_of
+from sdedit.export.precision import widen
+
+ROUNDING = {"DequantizeLinear", "QuantizeLinear"}
+TOLERANCE = 0.03  # of D, as ‖ΔD‖ / max(‖D‖, ‖x - D‖)
+PROBED = 3  # calibration images on which layers are compared
+DECISIVE = 0.5  # the σ where they are: as large as the picture's contrast, an error of the network shows most
+
+Feed = Mapping[str, NDArray[np.generic]]
+
+
+def quantize(model: ModelProto, feeds: Iterable[Feed], *, tolerance: float = TOLERANCE) -> ModelProto:
+    """The denoiser with 8-bit layers: QuantizeLinear and DequantizeLinear, u8 activations, s8 weights per channel.
+
+    feeds: network inputs, {"x": (B, C, H, W), "sigma": (B,)}, from all noise levels: they set the ranges. Layers with
+    weights are rounded one at a time on PROBED images of them; those whose errors add up to the tolerance, smallest
+    first, become int8, the others stay float32. In a U-Net the costly ones write the finest residual stream.
+    """
+    feeds = list(feeds)
+    model = widen(model)
+    graph = model.graph
+    lift_constants(graph)
+    for node in graph.node:
+        node.name = node.name or node.output[0]
+    weights = {weight.name for weight in graph.initializer}
+    inside = network(graph, types_of(model))
+    layers = [
+        node.name
+        for number, node in enumerate(graph.node)
+        if number in inside and node.op_type in LAYERS and node.input[1] in weights
+    ]
+    with tempfile.TemporaryDirectory() as folder, _silent():
+        source = Path(folder) / "float.onnx"
+        onnx.save(copied(model), source, save_as_external_data=True, location="float.data")
+        errors = _errors(model, _calibrated(source, layers, feeds), layers, feeds, Path(folder) / "probe.onnx")
+        order = sorted(layers, key=errors.__getitem__)
+        total = np.cumsum([errors[name] for name in order])  # bounds the whole error, to first order
+        chosen = [name for name, error in zip(order, total, strict=True) if error <= tolerance]
+        result = _calibrated(source, chosen, feeds) if chosen else model
+    del result.metadata_props[:], result.graph.value_info[:]
+    result.metadata_props.extend(model.metadata_props)
+    return result
+
+
+def _calibrated(source: Path, layers: Sequence[str], feeds: Sequence[Feed]) -> ModelProto:
+    """These layers of the model in 8 bits, with the ranges seen on the feeds.
+
+    Weights have 7 bits: processors without VNNI add two products in 16 bits, and eight would overflow them.
+    """
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    target, rest = source.with_name("int8.onnx"), iter(feeds)
+    quantize_static(
+        source, target, SimpleNamespace(get_next=lambda: next(rest, None)), QuantFormat.QDQ,
+        nodes_to_quantize=list(layers), op_types_to_quantize=sorted(LAYERS), per_channel=True, reduce_range=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, use_external_data_format=True,
+    )  # fmt: skip
+    return onnx.load(target)
+
+
+def _errors(
+    model: ModelProto, quantized: ModelProto, layers: Sequence[str], feeds: Sequence[Feed], path: Path
+) -> dict[str, float]:
+    """The error of D when one layer alone is int8, per layer, at the worst of PROBED images.
+
+    One graph for all of them: the number of that layer is an input, and each layer an If.
+    """
+    import onnxruntime
+
+    probe = copied(model)
+    graph = probe.graph
+    known = {weight.name for weight in graph.initializer}
+    graph.initializer.extend(weight for weight in quantized.graph.initializer if weight.name not in known)
+    graph.input.append(helper.make_tensor_value_info("int8_layer", TensorProto.INT64, []))
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        if node.name not in layers:
+            nodes.append(node)
+            continue
+        number, chosen = f"{node.name}.number", f"{node.name}.chosen"
+        graph.initializer.append(numpy_helper.from_array(np.array(layers.index(node.name)), number))
+        nodes.append(helper.make_node("Equal", ["int8_layer", number], [chosen]))
+        branches = {
+            "then_branch": _branch(_with_rounding(node.name, quantized.graph), f"{node.name}.int8."),
+            "else_branch": _branch([node], f"{node.name}.float."),
+        }
+        nodes.append(helper.make_node("If", [chosen], [node.output[0]], **branches))
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    onnx.save(probe, path, save_as_external_data=True, location=f"{path.name}.data")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    worst = np.zeros(len(layers))
+    images = [
+        {name: values[i : i + 1] for name, values in feed.items()} for feed in feeds for i in range(len(feed["x"]))
+    ]
+    images.sort(key=lambda feed: abs(feed["sigma"].item() / (feed["sigma"].item() + DECISIVE) - 0.5))
+    for feed in images[:PROBED]:
+        exact = session.run(None, {**feed, "int8_layer": np.array(-1)})[0]
+        size = max(np.linalg.norm(exact), np.linalg.norm(feed["x"] - exact))
+        for i in range(len(layers)):
+            denoised = session.run(None, {**feed, "int8_layer": np.array(i)})[0]
+            worst[i] = max(worst[i], np.linalg.norm(denoised - exact) / size)
+    return dict(zip(layers, worst.tolist(), strict=True))
+
+
+def _with_rounding(layer: str, graph: GraphProto) -> list[NodeProto]:
+    """A quantized layer, what rounds its operands, and what rounds its result."""
+    producers = {name: node for node in graph.node for name in node.output}
+    nodes = [next(node for node in graph.node if node.name == layer)]
+    for name in nodes[0].input:
+        while name in producers and producers[name].op_type in ROUNDING:
+            nodes.insert(0, producers[name])
+            name = producers[name].input[0]
+    while after := [n for n in graph.node if n.op_type in ROUNDING and n.input[0] == nodes[-1].output[0]]:
+        nodes.append(after[0])
+    return nodes
+
+
+def _branch(nodes: Sequence[NodeProto], prefix: str) -> GraphProto:
+    """These nodes as the branch of an If, with names of its own."""
+    own = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    rename(own, {name: f"{prefix}{name}" for node in own for name in node.output})
+    return helper.make_graph(own, prefix, [], [helper.make_tensor_value_info(own[-1].output[0], FLOAT, None)])
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """ONNX Runtime's quantizer logs through the root logger, and would give it a handler."""
+    root, handler, disabled = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
+    root.addHandler(handler)
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.removeHandler(handler)
