@@ -40,6 +40,13 @@ def condition(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
 
 
+def positive(text: str) -> int:
+    """A whole number, at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def size(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT, or one number for a square."""
     width, _, height = text.lower().partition("x")

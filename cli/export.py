@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import add_json, condition
+from sdedit.cli.arguments import add_json, condition, positive
 from sdedit.cli.exits import OK, OUT_OF_TOLERANCE
 from sdedit.cli.report import show_report
 from sdedit.cli.terminal import ProgressBar, print_json, say
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     told.add_argument(
         "--config", action="append", metavar="C", help="the original's own options: a JSON or YAML file, or NAME=VALUE"
     )
-    told.add_argument("--size", type=int, metavar="S", help="image height and width")
+    told.add_argument("--size", type=positive, metavar="S", help="image height and width")
     told.add_argument("--weights", choices=("ema", "model"), help="which of the file's weights (default: ema)")
     told.add_argument("--preconditioning", choices=("edm", "vp", "ve"), help="of EDM networks")
     told.add_argument("--class-label", type=int, metavar="N", help="fold this class in (default: keep it as an input)")
@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     any_net.add_argument("--round-time", action="store_true", help="round the label, for networks with a table of them")
     any_net.add_argument("--unit-data", action="store_true", help="trained on images in [0, 1] (VE networks)")
     any_net.add_argument("--sigma-data", type=float, metavar="S", help="with --predicts edm (default 0.5)")
-    any_net.add_argument("--multiple", type=int, metavar="M", help="with --dynamic: it takes multiples of M")
-    any_net.add_argument("--channels", type=int, metavar="C", help="image channels of --module (default 3)")
+    any_net.add_argument("--multiple", type=positive, metavar="M", help="with --dynamic: it takes multiples of M")
+    any_net.add_argument("--channels", type=positive, metavar="C", help="image channels of --module (default 3)")
     any_net.add_argument("--inputs", metavar="IMAGE,TIME", help="names of the .onnx's noisy image and time label")
     any_net.add_argument("--output-name", metavar="NAME", help="name of the .onnx's output, where it has several")
     any_net.add_argument(
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError("no file to write", hint="-o MODEL.onnx")
     target = Path(arguments.output)
     if target.suffix != ".onnx":
-        raise OptionError(f"{target}: an artifact's name ends in .onnx", hint=f"-o {target.with_suffix('.onnx')}")
+        raise OptionError(f"{target}: an artifact's name ends in .onnx", hint="-o MODEL.onnx")
     output.check(
         [target], force=arguments.force, inputs=[Path(p) for p in (arguments.source, arguments.checkpoint) if p]
     )

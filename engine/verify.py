@@ -13,6 +13,7 @@ import numpy as np
 
 from sdedit import image
 from sdedit.artifact import BUNDLED
+from sdedit.errors import OptionError
 from sdedit.loop import Array, Denoiser, denoise, perturb
 from sdedit.noise import Noise
 from sdedit.schedule import LARGEST_SIGMA, plan
@@ -21,7 +22,7 @@ from sdedit.sde import Sde
 TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 3e-2, "int8": np.inf}  # one evaluation; int8: as measured
 TIMES = (0.001, 0.01, 0.05, 0.15, 0.35, 0.6, 0.8, 1.0)
 IMAGE_STEPS = 50
-GUIDES = tuple(BUNDLED.parent / "guides" / f"{name}.png" for name in ("strokes", "collage", "photo"))
+GUIDES = tuple(BUNDLED.with_name(f"{name}.png") for name in ("strokes", "collage", "photo"))
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,19 @@ class Report:
         return bool(self.worst.error <= self.tolerance)  # not for NaN
 
     def as_json(self) -> dict[str, Any]:
+        """JSON has no NaN and no infinity: they are null."""
         return {
             "within": self.within,
-            "tolerance": None if np.isinf(self.tolerance) else self.tolerance,
-            "worst": asdict(self.worst),
-            "evaluations": [asdict(e) for e in self.evaluations],
+            "tolerance": finite(self.tolerance),
+            "worst": asdict(self.worst) | {"error": finite(self.worst.error)},
+            "evaluations": [asdict(e) | {"error": finite(e.error)} for e in self.evaluations],
             "images": None if self.images is None else asdict(self.images),
         }
+
+
+def finite(value: float) -> float | None:
+    """The number, or None for one that JSON cannot say."""
+    return value if np.isfinite(value) else None
 
 
 Bind = Callable[[int], Denoiser]  # the denoiser for batches of this size, as Backend.bind
@@ -84,32 +91,45 @@ def compare(
 ) -> Report:
     """Compare two denoisers at TIMES and along an edit of `guides` (2, C, H, W) in [-1, 1].
 
-    Every batch holds one of each: a step of the first guide's edit, and the second guide at a level of TIMES.
+    The reference sees one of each in a batch: a step of the first guide's edit, and the second guide at a level of
+    TIMES; the candidate sees the same images in batches of one and three, so that a frozen batch shows.
     with_images also runs a whole edit of the first guide, IMAGE_STEPS long, with each denoiser. on_evaluation is told
     how many of how many network calls are done. Raises NetworkError where the reference is not finite.
     """
     times = [t for t in TIMES if sde.sigma(t) <= LARGEST_SIGMA]
+    if not times:
+        raise OptionError("this schedule has no noise level to compare at", hint="correct the schedule's numbers")
     t0 = min(0.5, max(times))
-    total = 2 * len(times) + (2 * IMAGE_STEPS if with_images else 0)
-    progress = _Progress(total, on_evaluation)
-    wanted_of, found_of = progress.counted(reference(2)), progress.counted(candidate(2))
+    parts = [
+        range(2 * len(times))[at : at + size]
+        for pair in range(0, 2 * len(times), 4)
+        for at, size in ((pair, 1), (pair + 1, 3))
+    ]
+    parts = [part for part in parts if part]
+    progress = _Progress(len(times) + len(parts) + (2 * IMAGE_STEPS if with_images else 0), on_evaluation)
+    in_pairs = progress.counted(reference(2))
 
     z = Noise([1], guides.shape[1:])(0, 0, 0)
     levels = [sde.sigma([t]).astype(np.float32) for t in times]
-    batches: list[tuple[Array, Array, Array]] = []
+    seen: list[tuple[str, np.float32, Array, Array]] = []  # where, σ, x, D of the reference
 
     def step_and_level(x: Array, sigma: Array) -> Array:
-        level = levels[len(batches)]
+        level = levels[len(seen) // 2]
         pair, sigmas = np.concatenate([x, guides[1:2] + level * z]), np.concatenate([sigma, level])
-        batches.append((pair, sigmas, wanted_of(pair, sigmas).copy()))
-        return batches[-1][2][:1]
+        wanted = in_pairs(pair, sigmas).copy()
+        seen.extend(zip(("edit", "schedule"), sigmas, pair, wanted, strict=True))
+        return wanted[:1]
 
     visited(step_and_level, sde, guides[:1], t0=t0, steps=len(times))
-    evaluations = [
-        Evaluation(where, float(sde.time(sigma)), float(sigma), relative_error(*one))
-        for x, sigmas, wanted in batches
-        for where, sigma, *one in zip(("edit", "schedule"), sigmas, x, wanted, found_of(x, sigmas), strict=True)
-    ]
+    evaluations = []
+    for part in parts:  # in batches of one and three, where the reference had two
+        images_of_part = [seen[i] for i in part]
+        xs, sigmas = (np.stack([image[k] for image in images_of_part]) for k in (2, 1))
+        found = progress.counted(candidate(len(part)))(xs, sigmas)
+        evaluations += [
+            Evaluation(where, float(sde.time(sigma)), float(sigma), relative_error(x, wanted, d))
+            for (where, sigma, x, wanted), d in zip(images_of_part, found, strict=True)
+        ]
     images = None
     if with_images:
         wanted, found = (

@@ -6,6 +6,7 @@ built on the meta device and compared with the file name by name and shape by sh
 
 import hashlib
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def _read_safetensors(path: Path) -> Payload:
 
 
 def _read_torch(path: Path, *, mapped: bool) -> Payload:
+    if mapped and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise CheckpointError(
+                    f"{path}: is compressed, which PyTorch's files never are", hint="save it with torch.save"
+                )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # pickle's, zip's and torch's own kinds
@@ -108,7 +115,10 @@ def flat(payload: Payload) -> Iterator[tuple[str, Tensor]]:
             for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
                 yield from walk(inner, f"{path}.{name}" if path else str(name))
 
-    yield from walk(payload, "")
+    try:
+        yield from walk(payload, "")
+    except RecursionError:
+        raise CheckpointError("the file's containers lie too deep, or in themselves", hint="do not trust it") from None
 
 
 def tensor_names(payload: Payload) -> list[str]:
@@ -176,6 +186,11 @@ def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], *, hint: str) ->
     Raises CheckpointError naming missing and unexpected tensors (five and the count) and the first whose shape
     disagrees; `hint` says which option describes another network.
     """
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+            raise CheckpointError(f"{name} is a tensor of an unusual kind: {tensor.type()}", hint="save plain floats")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{name} is declared larger than what the file holds of it", hint="do not trust it")
     wanted = {name: tensor.shape for name, tensor in net.state_dict().items()}
     problems = []
     if wrong := [name for name in wanted if name in tensors and tensors[name].shape != wanted[name]]:

@@ -1,9 +1,10 @@
 """From a source to a verified artifact: trace, reduce, compare with the original, and only then write."""
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,15 @@ def from_source(source: Source, *, opset: int | None = None, dynamic: bool = Fal
     """Trace a network that a family's loader returned."""
     denoiser = Denoiser(source.net, source.convention).eval()
     shape = (source.channels, source.height, source.width)
+    if source.family == "module":
+        try_network(source)
     traced = min(chosen_opset(opset, OPSETS[0], "fp32"), max(to_onnx.TRACED_OPSETS))
-    model = to_onnx.trace(denoiser, shape, source.conditions, opset=traced, dynamic=dynamic)
+    try:
+        model = to_onnx.trace(denoiser, shape, source.conditions, opset=traced, dynamic=dynamic)
+    except Exception as error:  # of torch's exporter, dozens of kinds
+        raise OptionError(
+            f"the network cannot be written as ONNX: {summary_of(error)}", hint="use operators that ONNX opset 18 has"
+        ) from error
     conditions = {n: float(min(1, declared.get("count", 2) - 1)) for n, declared in source.conditions.items()}
     image_fields = {"channels": shape[0], "height": shape[1], "width": shape[2]}
     metadata: dict[str, Any] = {
@@ -66,7 +74,7 @@ def from_source(source: Source, *, opset: int | None = None, dynamic: bool = Fal
         metadata["sigma_range"] = list(source.sigma_range)
     if source.license:
         metadata["license"] = source.license
-    double = parameter_count(source.net) * shape[1] * shape[2] <= CHEAP
+    double = parameter_count(source.net) * shape[1] * shape[2] <= CHEAP and runs_in_double(source)
     against = f"PyTorch {torch.__version__}, {'float64' if double else 'float32'}"
     return Graph(model, torch_reference(denoiser, source.conditions, conditions, double), metadata, against, conditions)
 
@@ -83,8 +91,10 @@ def from_artifact(path: Path, scratch: Path) -> Graph:
         reference_path = scratch / "widened.onnx"
         to_onnx.save(onnx.load_from_string(model.SerializeToString()), reference_path, opened.metadata)
     metadata = dict(opened.metadata)
-    origin = {"exported_from": {"sha256": opened.sha256, "precision": opened.precision}}
-    metadata["source"] = (metadata.get("source") or {}) | origin | tool_versions()
+    source = dict(metadata.get("source") or {})
+    earlier = {"exported_from": source["exported_from"]} if "exported_from" in source else {}
+    origin = {"sha256": opened.sha256, "precision": opened.precision, **earlier}
+    metadata["source"] = source | {"exported_from": origin} | tool_versions()
     reference = OrtBackend(artifact.read(reference_path), "ort-cpu", None)
     bind = partial(reference.bind, conditions=conditions)
     return Graph(model, bind, metadata, f"{path.name} in ONNX Runtime", conditions)
@@ -134,10 +144,14 @@ def write(
             graph.reference, candidate, sde, frames[:2], tolerance=verify.TOLERANCES[precision],
             with_images=precision != "fp32", on_evaluation=on_evaluation,
         )  # fmt: skip
+        if graph.metadata["image"].get("dynamic"):
+            other = at_another_size(graph, candidate, sde)
+            report = replace(report, evaluations=(*report.evaluations, other))
         if not report.within and not allow_inaccurate:
             return report
         metadata["verification"] = {
-            "against": graph.against, "worst": report.worst.error, "within": report.within,
+            "against": graph.against, "worst": verify.finite(report.worst.error),
+            "within": report.within and (metadata.get("verification") or {}).get("within", True),
         }  # fmt: skip
         to_onnx.replace_metadata(files[0], metadata)
         for file in reversed(files):  # the artifact itself last
@@ -188,6 +202,9 @@ def torch_reference(
     dtype = torch.float64 if double else torch.float32
     denoiser = denoiser.to(dtype)
 
+    def bind(batch: int, size: tuple[int, int] | None = None) -> verify.Denoiser:
+        return reference  # which takes any batch and size
+
     @torch.inference_mode()
     def reference(x: Array, sigma: Array) -> Array:
         given = [torch.from_numpy(np.ascontiguousarray(v)).to(dtype) for v in (x, sigma)]
@@ -195,7 +212,67 @@ def torch_reference(
         denoised: Array = denoiser(*given, *extra).numpy()
         return denoised
 
-    return lambda batch: reference
+    return bind
+
+
+def try_network(source: Source) -> None:
+    """Call a network of unknown making once. Raises OptionError for what it cannot be."""
+    x, label, extra = example(source, torch.float32)
+    called = f"net(x {list(x.shape)}, label [2]{''.join(f', {name} [2]' for name in source.conditions)})"
+    try:
+        with torch.inference_mode():
+            raw = source.net(x, label, *extra)
+    except Exception as error:  # whatever the user's code raises
+        raise OptionError(
+            f"{called} raised {summary_of(error)}", hint="that is how it is called, in float32"
+        ) from error
+    found = list(raw.shape) if isinstance(raw, torch.Tensor) else type(raw).__name__
+    if found not in ([2, c, *x.shape[2:]] for c in (source.channels, 2 * source.channels)):
+        raise OptionError(
+            f"{called} returned {found}; wanted {list(x.shape)}, or twice the channels with a learned variance",
+            hint="--size and --channels describe its images",
+        )
+
+
+def runs_in_double(source: Source) -> bool:
+    """Whether the network leaves float64 alone; some cast to float32 inside."""
+    x, label, extra = example(source, torch.float64)
+    try:
+        with torch.inference_mode():
+            return bool(copy.deepcopy(source.net).double()(x, label, *extra).dtype == torch.float64)
+    except RuntimeError:
+        return False
+
+
+def example(source: Source, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Inputs for two images: zeros."""
+    extra = [torch.zeros(2, dtype=getattr(torch, declared["dtype"])) for declared in source.conditions.values()]
+    return torch.zeros(2, source.channels, source.height, source.width, dtype=dtype), torch.ones(2, dtype=dtype), extra
+
+
+def at_another_size(graph: Graph, candidate: Any, sde: Sde) -> verify.Evaluation:
+    """One comparison at a size that is neither the network's own nor square. Raises OptionError where it cannot run."""
+    image = graph.metadata["image"]
+    step = image.get("multiple", 1)
+    width, height = image["width"] + 2 * step, image["height"] + step
+    t = next(t for t in (0.35, 0.05, 0.001) if sde.sigma(t) < np.inf)
+    sigma = sde.sigma([t]).astype(np.float32)
+    shape = (1, image["channels"], height, width)
+    x = (1 + sigma) * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    try:
+        wanted, found = (bind(1, size=(width, height))(x, sigma) for bind in (graph.reference, candidate))
+        error = verify.relative_error(x[0], wanted[0], found[0])
+    except Exception as error_:  # of the network, in PyTorch or in ONNX Runtime
+        raise OptionError(
+            f"the network does not run at {width}x{height}: {summary_of(error_)}",
+            hint="leave --dynamic out, or say with --multiple which sizes it takes",
+        ) from error_
+    return verify.Evaluation(f"{width}x{height}", t, float(sigma[0]), error)
+
+
+def summary_of(error: Exception) -> str:
+    """Kind and first line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def tool_versions() -> dict[str, str]:

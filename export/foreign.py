@@ -20,7 +20,7 @@ from sdedit.errors import ArtifactError, OptionError
 from sdedit.export import schedules, to_onnx
 from sdedit.export.checkpoints import provenance
 from sdedit.export.denoiser import After, Before, Convention, Denoiser
-from sdedit.export.exporting import Graph, tool_versions, torch_reference
+from sdedit.export.exporting import Graph, summary_of, tool_versions, torch_reference
 from sdedit.export.graph import OPSETS, set_opset
 
 TIME_TYPES = {TensorProto.FLOAT: torch.float32, TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32}
@@ -50,11 +50,24 @@ def wrap(
         model = set_opset(model, to_onnx.OPSET)
     opset = to_onnx.opset_of(model)
 
-    net = _Session(model, (image_name, time_name), result, time)
     x, sigma = ("x", torch.zeros(2, channels, height, width)), ("sigma", torch.ones(2))
-    before = _trace(_BeforeGraph(convention, time), [x, sigma], ["scaled", "label"], opset)
-    after = _trace(After(convention), [x, sigma, ("raw", x[1])], ["denoised"], opset)
-    joined = _join(before, model, after, image_name, time_name, result)
+    try:
+        net = _Session(model, (image_name, time_name), result, time)
+        raw = net(torch.zeros(3, channels, height, width), torch.ones(3))
+        before = _trace(_BeforeGraph(convention, time), [x, sigma], ["scaled", "label"], opset)
+        after = _trace(After(convention), [x, sigma, ("raw", x[1])], ["denoised"], opset)
+        joined = _join(before, model, after, image_name, time_name, result)
+    except Exception as error:  # of ONNX Runtime, of onnx's compose, dozens of kinds
+        raise ArtifactError(
+            f"{path}: cannot be wrapped: {summary_of(error)}",
+            hint="does it run in ONNX Runtime, for a batch of three, with these inputs?",
+        ) from error
+    if list(raw.shape) not in ([3, c, height, width] for c in (channels, 2 * channels)) or raw.dtype != torch.float32:
+        raise OptionError(
+            f"{path}: output {result!r} is {raw.dtype} {list(raw.shape)} for three images; wanted float32 "
+            f"{[3, channels, height, width]}, or twice the channels with a learned variance",
+            hint="--inputs IMAGE,TIME and --output-name NAME choose the tensors",
+        )
     dims = joined.graph.output[0].type.tensor_type.shape.dim
     for dimension, value in zip(dims[1:], (channels, height, width), strict=True):
         dimension.dim_value = value
@@ -137,22 +150,36 @@ def fold_constants(path: Path, model: onnx.ModelProto, constants: Mapping[str, f
     """Turn every further input into an initializer that broadcasts over the batch."""
     graph = model.graph
     weights = {weight.name for weight in graph.initializer}
-    for value in [v for v in graph.input if v.name not in weights and v.name not in keep]:
+    further = [value for value in graph.input if value.name not in weights and value.name not in keep]
+    if unknown := [name for name in constants if name not in {value.name for value in further}]:
+        raise OptionError(f"{path} has no input {unknown[0]!r} to fold", hint="leave that --constant out")
+    for value in further:
         if value.name not in constants:
             raise OptionError(
                 f"{path} has a further input {value.name!r} and no value for it", hint=f"--constant {value.name}=0"
             )
-        dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        sizes = [d.dim_value or 1 for d in _dims(value)]
-        if len(sizes) > 1 and any(not d.dim_value for d in list(_dims(value))[1:]):
+        sizes = [dimension.dim_value or 1 for dimension in _dims(value)]
+        if any(not dimension.dim_value for dimension in list(_dims(value))[1:]):
             raise OptionError(
                 f"{path}: input {value.name!r} has sizes it does not say", hint="export it with fixed sizes"
             )
-        filled = np.full(sizes, constants[value.name], dtype)
         graph.input.remove(value)
-        graph.initializer.append(numpy_helper.from_array(filled, value.name))
-    if unknown := [name for name in constants if name not in {w.name for w in graph.initializer}]:
-        raise OptionError(f"{path} has no input {unknown[0]!r} to fold", hint="leave that --constant out")
+        graph.initializer.append(
+            numpy_helper.from_array(_filled(path, value, sizes, constants[value.name]), value.name)
+        )
+
+
+def _filled(path: Path, value: onnx.ValueInfoProto, sizes: list[int], number: float) -> np.ndarray:
+    dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+    try:
+        with np.errstate(all="ignore"):
+            filled = np.full(sizes, number).astype(dtype)
+            exact = np.issubdtype(dtype, np.floating) or bool(np.all(filled == number))
+    except (TypeError, ValueError):
+        exact = False
+    if not exact or not np.isfinite(number):
+        raise OptionError(f"{path}: input {value.name!r} is {dtype} and cannot be {number:g}", hint="--constant NAME=0")
+    return filled
 
 
 def _output(path: Path, model: onnx.ModelProto, interface: Interface) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from sdedit import sde
 from sdedit.errors import ArtifactError, OptionError
 
+MOST_LEVELS = 100_000
 SPELLING = (
     "ve:sigma_min=0.02,sigma_max=696 · vp:beta_min=0.1,beta_max=20 · edm · "
     "linear, scaled-linear (beta_start=0.0001,beta_end=0.02,steps=1000) · cosine:steps=1000"
@@ -67,6 +68,8 @@ def parse(text: str) -> sde.Sde:
             if not separator:
                 raise ValueError(f"{part!r} is not name=value")
             given[name.strip()] = float(json.loads(value))
+        if not 2 <= given.get("steps", 2) <= MOST_LEVELS or given.get("steps", 2) % 1:
+            raise ValueError(f"steps is {given['steps']:g}; wanted a whole number from 2 to {MOST_LEVELS}")
         return kinds[kind.strip()](**given)
     except ArtifactError as error:
         raise OptionError(f"--sde {text}: {error}", hint=SPELLING) from None

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from sdedit.artifact import MOST_PIXELS
 from sdedit.errors import OptionError
 from sdedit.export.denoiser import Convention
 
@@ -60,6 +61,8 @@ class Source:
     details: dict[str, Any] = field(default_factory=dict)  # kept in the metadata's `source`
 
     def __post_init__(self) -> None:
+        if self.height * self.width > MOST_PIXELS:
+            raise OptionError(f"size is {self.width}x{self.height}; more than {MOST_PIXELS} pixels", hint="--size 256")
         for size in (self.height, self.width):
             if size < 1 or size % self.multiple:
                 raise OptionError(

@@ -1,5 +1,7 @@
 """From a torch module D(x; σ) to an ONNX graph, and from a graph to an artifact on disk."""
 
+import contextlib
+import io
 import json
 import os
 import tempfile
@@ -56,7 +58,8 @@ def trace_module(
     axes = {name: {0: "B"} for name in (*(name for name, _ in inputs), *outputs)}
     for name in free_size:
         axes[name] |= {2: "H", 3: "W"}
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
+    quiet = contextlib.redirect_stdout(io.StringIO())  # it prints the graph when it fails
+    with quiet, warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
         warnings.simplefilter("ignore")  # it is deprecated; and shapes it takes as constants are constants
         path = os.path.join(scratch, "traced.onnx")  # a file, since beyond 2 GiB it writes several
         torch.onnx.export(
@@ -81,7 +84,7 @@ def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, Any]) -> lis
 
     The model's own weights are gone afterwards where they went beside the file.
     """
-    helper.set_model_props(model, {"sdedit": json.dumps(metadata, ensure_ascii=False)})
+    helper.set_model_props(model, {"sdedit": json.dumps(metadata)})
     beside = path.with_name(f"{path.name}.data")
     large = sum(len(weight.raw_data) for weight in model.graph.initializer) > LARGEST_FILE
     onnx.save_model(model, path, save_as_external_data=large, location=beside.name, size_threshold=128)
@@ -93,7 +96,7 @@ def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, Any]) -> lis
 def replace_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
     """Give an artifact on disk other metadata; its external data stays where it is."""
     model = onnx.load(path, load_external_data=False)
-    helper.set_model_props(model, {"sdedit": json.dumps(metadata, ensure_ascii=False)})
+    helper.set_model_props(model, {"sdedit": json.dumps(metadata)})
     onnx.save(model, path)
 
 

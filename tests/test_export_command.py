@@ -1,11 +1,13 @@
 """`sdedit export`: any network in, one verified artifact out; what cannot be verified is not written."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -557,3 +559,121 @@ def test_nothing_to_export_and_nowhere_to_write_are_usage_errors(capsys):
     assert "error: nothing to export" in capsys.readouterr().err
     assert main(["export", "model.ckpt"]) == 2
     assert "error: no file to write" in capsys.readouterr().err
+
+
+# --- what passes at one size or batch and fails at another ---------------------------------------------------------
+
+
+class FrozenBatch(nn.Module):
+    def forward(self, x, label):
+        return x.reshape(int(x.shape[0]), 3, 16, 16)
+
+
+class FrozenSize(nn.Module):
+    def forward(self, x, label):
+        return x * (int(x.shape[2]) / 16)
+
+
+class OneSize(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.position = nn.Parameter(torch.ones(1, 3, 16, 16))
+
+    def forward(self, x, label):
+        return x * self.position
+
+
+class CastsInside(nn.Module):
+    def forward(self, x, label):
+        return torch.sigmoid(x.float()) * label.float()[:, None, None, None] / 1000
+
+
+def test_a_graph_with_a_frozen_batch_is_not_written(tmp_path):
+    with pytest.raises(sdedit.SdeditError):
+        export_denoiser(FrozenBatch(), tmp_path / "net.onnx", sde="linear", size=16)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("net", [FrozenSize(), OneSize()])
+def test_a_dynamic_graph_is_tried_at_another_size(net, tmp_path):
+    export_denoiser(net, tmp_path / "fixed.onnx", sde="linear", size=16)
+    with pytest.raises((OptionError, OutOfTolerance), match=r"18x17|tolerance"):
+        export_denoiser(net, tmp_path / "free.onnx", sde="linear", size=16, dynamic=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["fixed.onnx"]
+
+
+def test_a_network_that_casts_to_float32_inside_is_compared_in_float32(tmp_path):
+    assert export_denoiser(CastsInside(), tmp_path / "net.onnx", sde="linear", size=16).within
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda x: (x,), "returned tuple; wanted [2, 3, 16, 16]"),
+        (lambda x: x[:, :2], "returned [2, 2, 16, 16]; wanted [2, 3, 16, 16]"),
+        (lambda x: x[:, :, :8], "returned [2, 3, 8, 16]; wanted [2, 3, 16, 16]"),
+        (lambda x: x @ x[0, 0, 0], "returned [2, 3, 16]; wanted"),
+        (lambda x: {}["key"], "raised KeyError: 'key'"),
+    ],
+)
+def test_a_module_that_is_no_denoiser_is_one_clear_error(returned, message, tmp_path):
+    class Net(nn.Module):
+        def forward(self, x, label):
+            return returned(x)
+
+    with pytest.raises(OptionError) as caught:
+        export_denoiser(Net(), tmp_path / "net.onnx", sde="linear", size=16)
+    assert str(caught.value).startswith("net(x [2, 3, 16, 16], label [2]) ")
+    assert message in str(caught.value)
+
+
+def test_an_inaccurate_artifact_stays_marked(tmp_path):
+    export_denoiser(Forgetful(), tmp_path / "bad.onnx", sde="linear", size=16, allow_inaccurate=True)
+    assert main(["export", str(tmp_path / "bad.onnx"), "-o", str(tmp_path / "again.onnx")]) == 0
+    metadata = artifact.read(tmp_path / "again.onnx").metadata
+    assert metadata["verification"]["within"] is False
+    assert metadata["source"]["exported_from"]["precision"] == "fp32"
+
+
+def test_tensors_that_claim_more_than_the_file_holds_are_refused(here, capsys):
+    claimed = {name: torch.zeros(1).expand(t.shape) for name, t in tiny().state_dict().items()}
+    torch.save(claimed, "thin.pt")
+    assert main(["export", "thin.pt", *MODULE, "-o", "tiny.onnx"]) == 1
+    assert "inner.weight is declared larger than what the file holds of it" in capsys.readouterr().err
+
+
+def test_a_compressed_or_self_containing_checkpoint_is_refused(here, capsys):
+    torch.save(tiny().state_dict(), "plain.pt")
+    with zipfile.ZipFile("plain.pt") as plain, zipfile.ZipFile("small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+    assert main(["export", "small.pt", *MODULE, "-o", "tiny.onnx"]) == 1
+    assert "small.pt: is compressed" in capsys.readouterr().err
+    loop: list = []
+    loop.append(loop)
+    torch.save({"a": loop}, "loop.pt")
+    assert main(["export", "loop.pt", "-o", "tiny.onnx"]) == 1
+    assert "lie too deep, or in themselves" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--size", "0"], "argument --size: '0' is not a whole number above 0"),
+        (["--size", "1000000"], "size is 1000000x1000000; more than"),
+        (["--sde", "linear:steps=1"], "--sde linear:steps=1: steps is 1; wanted a whole number from 2 to 100000"),
+        (["--sde", "cosine:steps=1e9"], "--sde cosine:steps=1e9: steps is 1e+09; wanted"),
+        (["-o", ""], "an artifact's name ends in .onnx"),
+    ],
+)
+def test_numbers_beyond_reason_are_refused(here, capsys, flags, message):
+    with contextlib.suppress(SystemExit):
+        assert main(["export", *MODULE, "-o", "tiny.onnx", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["1.5", "nan", "1e30"])
+def test_a_constant_that_its_type_cannot_hold_is_refused(foreign, tmp_path, capsys, value):
+    flags = ["--sde", "linear", "--inputs", "noisy,step", "--constant", f"kind={value}", "-o", str(tmp_path / "o.onnx")]
+    assert main(["export", foreign[1], *flags]) == 2
+    assert "input 'kind' is int64 and cannot be" in capsys.readouterr().err
