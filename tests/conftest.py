@@ -1,5 +1,6 @@
 """Closed-form models with a small, wide frame, and pictures for them. Tests never need a trained network."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import sdedit
 
 SHAPE = (3, 8, 12)  # channels, height, width: not square, so that swapped axes show
 SMALL_NOISE = {"kind": "ve", "sigma_min": 1e-4, "sigma_max": 1.0}  # at t0 0.01 the noise is below one grey level
+
+for name in ("SIGINT", "SIGHUP"):  # tests in the background of a script, or under nohup, inherit them ignored
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 Exact = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Picture = Callable[..., np.ndarray]

@@ -1516,7 +1516,10 @@ def test_an_edit_that_is_stopped_leaves_nothing(
         assert process.stderr is not None
         assert process.stderr.readline().startswith(b"backend: ")  # it has begun
         process.send_signal(signal.Signals[name])
-        told, said = process.communicate(timeout=60)
+        try:
+            told, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert told == b""
     assert files(tmp_path) == before
     if name == "SIGINT":
