@@ -97,9 +97,12 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     x = matrix / (matrix.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    gram, one = x @ x.T, torch.eye(len(x), device=x.device)
+    product = one
+    for _ in range(5):  # every iterate is a polynomial of the first x x^T times x: only that is carried
+        factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
+        product, gram = factor @ product, factor @ gram @ factor
+    x = product @ x
     return x.T if tall else x
 
 
@@ -149,7 +152,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    net = PatchUNet(widths=tuple(options.widths)).to(options.device)
+    net = PatchUNet(widths=tuple(options.widths)).to(options.device, memory_format=torch.channels_last)
     average = copy.deepcopy(net).requires_grad_(False)
     optimizer = MuonAdam(net, options.lr)
     start, seconds = 0, 0.0

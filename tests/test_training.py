@@ -132,11 +132,22 @@ def test_held_out_pixels_are_not_among_those_trained_on(data):
     assert {picture.tobytes() for picture in trained} & {picture.tobytes() for picture in held_out} == set()
 
 
-def test_flat_classes_are_capped(data, monkeypatch):
-    monkeypatch.setattr(eurosat, "CAPS", {"Forest": 4})
-    _, names = eurosat.load(data, held_out=False)
-    counts = {label: sum(f"/{label}/" in name for name in names) for label in ("Forest", "River", "SeaLake")}
-    assert counts == {"Forest": 4, "River": COUNT - 1, "SeaLake": COUNT - 1}
+def test_nearly_flat_photographs_are_left_out(tmp_path):
+    flat, detailed = np.full((64, 64, 3), 120, np.uint8), np.zeros((64, 64, 3), np.uint8)
+    flat[::8], detailed[::2] = 123, 255
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as files:
+        for number, picture in enumerate((flat, detailed), start=1):
+            encoded = io.BytesIO()
+            Image.fromarray(picture).save(encoded, "JPEG", quality=100)
+            files.writestr(f"EuroSAT_RGB/River/River_{number}.jpg", encoded.getvalue())
+    assert eurosat.detail(eurosat.stretch(flat)) < eurosat.LEAST_DETAIL < eurosat.detail(eurosat.stretch(detailed))
+    assert eurosat.load(tmp_path / "data.zip", held_out=False)[1] == ["EuroSAT_RGB/River/River_2.jpg"]
+
+
+def test_detail_is_the_mean_difference_of_neighbours():
+    stripes = np.zeros((4, 4, 3), np.uint8)
+    stripes[::2] = 10
+    assert eurosat.detail(stripes) == 5.0
 
 
 def test_held_out_pictures_change_what_is_measured_and_not_the_weights(folder, short):
