@@ -5,7 +5,7 @@ import argparse
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-m", "--model", metavar="MODEL.onnx", help="the artifact to run (default: the bundled 64x64 model)"
+        "-m", "--model", metavar="MODEL", help="the .onnx artifact or the .plan to run (default: the bundled model)"
     )
 
 
@@ -29,11 +29,17 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def condition(text: str) -> tuple[str, float]:
+def pair(text: str) -> tuple[str, str]:
     """NAME=VALUE"""
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def condition(text: str) -> tuple[str, float]:
+    """NAME=NUMBER"""
+    name, value = pair(text)
     try:
         return name, float(value)
     except ValueError:

@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 from sdedit.cli.arguments import add_json
@@ -10,7 +11,10 @@ from sdedit.cli.terminal import print_json
 from sdedit.errors import BackendUnavailable
 
 HELP = "say what is installed, which backends work, and how to fix those that do not"
-PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "onnx")
+PACKAGES = (
+    "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "pycuda",
+    "torch", "onnx",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +45,14 @@ def show(findings: dict[str, Any]) -> None:
         print(f"  {backend['name']:<16}{'works' if backend['works'] else backend['cause']}")
         if not backend["works"]:
             print(f"  {'':<16}fix: {backend['fix']}")
+    cuda, plans = findings["cuda"], findings["plan_cache"]
+    print("\ncuda")
+    if cuda["works"]:
+        print(f"  {cuda['gpu']}, {cuda['target']}, driver {cuda['driver']}, called through {cuda['port']}")
+    else:
+        print(f"  {cuda['cause']}\n  fix: {cuda['fix']}")
+    print("\nplan cache")
+    print(f"  {plans['folder']}: {plans['plans']} plans, {plans['bytes'] / 1e6:.1f} MB")
     for warning in findings["warnings"]:
         print(f"\nwarning: {warning}")
 
@@ -50,23 +62,55 @@ def examine() -> dict[str, Any]:
     import sdedit
     from sdedit.backends import BACKENDS
     from sdedit.backends.ort import usable_cores
+    from sdedit.tensorrt import cache
 
     packages = {name: _version(name) for name in PACKAGES}
-    warnings = []
-    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
-        warnings.append(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
-            "fix: pip uninstall both, then install the extra you want"
-        )
+    plans = cache.status()
     return {
         "version": sdedit.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "cores": usable_cores(),
         "packages": packages,
+        "cuda": try_cuda(),
         "backends": [try_backend(name) for name in BACKENDS],
-        "warnings": warnings,
-    }
+        "plan_cache": {
+            "folder": str(plans.folder), "plans": plans.plans, "bytes": plans.bytes, "damaged": list(plans.damaged),
+        },
+        "warnings": [*misfits(packages), *(f"{damage}; it is built again when needed" for damage in plans.damaged)],
+    }  # fmt: skip
+
+
+def misfits(packages: Mapping[str, str | None]) -> list[str]:
+    """Installed packages that do not go together, and what to do."""
+    from sdedit.backends.ort_gpu import wanted_tensorrt
+
+    found = []
+    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
+        found.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
+            "fix: pip uninstall both, then install the extra you want"
+        )
+    wanted, installed = wanted_tensorrt() if packages["onnxruntime-gpu"] else None, packages["tensorrt"]
+    if wanted and installed and installed.partition(".")[0] != wanted:
+        found.append(
+            f"ort-tensorrt of onnxruntime-gpu {packages['onnxruntime-gpu']} needs TensorRT {wanted}, installed is "
+            f"{installed}; fix: pip install 'tensorrt=={wanted}.*', or use --backend tensorrt, which takes both"
+        )
+    return found
+
+
+def try_cuda() -> dict[str, Any]:
+    """Open the CUDA driver the way a GPU backend does."""
+    from sdedit.cuda.driver import open_driver
+    from sdedit.errors import SdeditError
+
+    try:
+        driver = open_driver()
+    except SdeditError as error:
+        return {"works": False, "cause": str(error), "fix": error.hint}
+    gpu = driver.gpu
+    return {"works": True, "gpu": gpu.name, "target": gpu.target, "driver": gpu.driver, "port": driver.name}
 
 
 def try_backend(name: str) -> dict[str, Any]:

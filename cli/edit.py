@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import add_json, add_model, add_schedule, condition, size
+from sdedit.cli.arguments import add_json, add_model, add_schedule, condition, pair, size
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import ProgressBar, print_json, say
 from sdedit.errors import BackendUnavailable, OptionError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 HELP = "edit pictures: noise each guide up to t0, denoise it back"
 RECORDED = ("t0", "steps", "sampler", "eta", "seed", "samples", "repeats", "size", "fit", "set")  # a replay has its own
-PINNED = ("backend", "precision", "threads")
+PINNED = ("backend", "precision", "threads", "ep_option")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="a further input of the model, such as class_label=3",
     )
-    parser.add_argument("--backend", help="auto (default), ort-cpu, ort-cuda or ort-tensorrt")
+    parser.add_argument(
+        "--backend", metavar="B", help="auto (default), ort-cpu, ort-cuda, ort-tensorrt, tensorrt or tensorrt-rtx"
+    )
+    parser.add_argument(
+        "--ep-option",
+        type=pair,
+        action="append",
+        metavar="KEY=VALUE",
+        help="an option of the execution provider of ort-cuda or ort-tensorrt, in ONNX Runtime's own words",
+    )
     parser.add_argument(
         "--precision", metavar="P", help="refuse a model of another precision than P (fp32, fp16, bf16, int8)"
     )
@@ -121,7 +130,10 @@ def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]
     from sdedit.editor import EditOptions
 
     editor = sdedit.load(
-        arguments.model, backend="auto" if arguments.backend is None else arguments.backend, threads=arguments.threads
+        arguments.model,
+        backend="auto" if arguments.backend is None else arguments.backend,
+        threads=arguments.threads,
+        provider_options=dict(arguments.ep_option or ()),
     )
     if arguments.precision not in (None, editor.backend.precision):
         raise BackendUnavailable(
@@ -129,7 +141,9 @@ def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]
             hint="name a model of that precision with -m, or leave --precision out",
         )
     if arguments.backend in (None, "auto"):
-        say(f"backend: {editor.backend.name}, {editor.backend.precision}, {editor.backend.threads} threads")
+        backend = editor.backend
+        where = f"{backend.threads} threads" if backend.name == "ort-cpu" else backend.provider
+        say(f"backend: {backend.name}, {backend.precision}, {where}")
     options = {f.name: v for f in fields(EditOptions) if (v := getattr(arguments, f.name, None)) is not None}
     return editor, options | {"conditions": dict(arguments.set or ())}
 
@@ -143,15 +157,19 @@ def open_replay(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]
 
     repeated = record.read(Path(arguments.replay))
     if changed := [name for name in (*RECORDED, *PINNED) if getattr(arguments, name) is not None]:
-        raise OptionError(
-            f"--replay takes its options from the record, not from --{changed[0]}", hint=f"leave --{changed[0]} out"
-        )
+        flag = f"--{changed[0].replace('_', '-')}"
+        raise OptionError(f"--replay takes its options from the record, not from {flag}", hint=f"leave {flag} out")
     if len(arguments.guides) != 1 or Path(arguments.output).suffix != ".png":
         raise OptionError("--replay makes one PNG from one guide", hint="sdedit edit --replay OUT.png GUIDE -o NEW.png")
     masks = arguments.mask or [None]
     record.require_same("guide", repeated.guide_sha256, file_sha256(arguments.guides[0]))
     record.require_same("mask", repeated.mask_sha256, file_sha256(masks[0]))
-    editor = sdedit.load(arguments.model, backend=repeated.backend, threads=repeated.threads)
+    editor = sdedit.load(
+        arguments.model,
+        backend=repeated.backend,
+        threads=repeated.threads,
+        provider_options=repeated.provider_options,
+    )
     for package, version in record.versions(editor).items():
         if (made_with := repeated.versions.get(package)) != version:
             say(f"{package} is {version}, the record's was {made_with}: the bytes may differ")
@@ -172,8 +190,9 @@ def edit_with_progress(editor: "Editor", arguments: argparse.Namespace, options:
     def on_step(progress: "Progress") -> None:
         bar.update(progress.done, progress.total)
 
+    watch = on_step if bar.shown else None  # a GPU runs on without waiting where nobody watches
     try:
-        return editor.edit(list(arguments.guides), mask=arguments.mask, on_step=on_step, **options)
+        return editor.edit(list(arguments.guides), mask=arguments.mask, on_step=watch, **options)
     finally:
         bar.close()
 

@@ -23,14 +23,14 @@ class ProgressBar:
 
     def __init__(self, unit: str = "steps") -> None:
         self._unit = unit
-        self._shown = sys.stderr.isatty()
+        self.shown = sys.stderr.isatty()
         self._began = self._drawn = 0.0
 
     def update(self, done: int, total: int) -> None:
         now = time.perf_counter()
         if not self._began:
             self._began, self._first = now, done
-        if not self._shown or (now - self._drawn < 0.1 and done < total):
+        if not self.shown or (now - self._drawn < 0.1 and done < total):
             return
         self._drawn = now
         filled = self.WIDTH * done // total
@@ -41,6 +41,6 @@ class ProgressBar:
         sys.stderr.flush()
 
     def close(self) -> None:
-        if self._shown and self._drawn:
+        if self.shown and self._drawn:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()

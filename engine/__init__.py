@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sdedit.errors import ArtifactError as ArtifactError
     from sdedit.errors import BackendUnavailable as BackendUnavailable
     from sdedit.errors import Cancelled as Cancelled
+    from sdedit.errors import DeviceError as DeviceError
     from sdedit.errors import ImageError as ImageError
     from sdedit.errors import NetworkError as NetworkError
     from sdedit.errors import OptionError as OptionError
@@ -49,8 +50,8 @@ _HOME = {
     for module, names in {
         "artifact": "Artifact",
         "editor": "Editor EditOptions EditResult Progress Result Timings load",
-        "errors": "ArtifactError BackendUnavailable Cancelled ImageError NetworkError OptionError OutOfTolerance "
-        "OutputError ReplayError SdeditError",
+        "errors": "ArtifactError BackendUnavailable Cancelled DeviceError ImageError NetworkError OptionError "
+        "OutOfTolerance OutputError ReplayError SdeditError",
         "loop": "Denoiser Step denoise perturb",
         "noise": "Noise NoiseSource",
         "schedule": "SAMPLERS StepTable plan",

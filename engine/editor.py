@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,15 @@ from sdedit import image
 from sdedit.backends import Backend, open_backend
 from sdedit.backends.ort import MOST_THREADS
 from sdedit.checks import whole
-from sdedit.errors import ArtifactError, OptionError
+from sdedit.errors import OptionError
+from sdedit.executor import Executor
 from sdedit.image import Picture, Pixels, Placement, Source
-from sdedit.loop import Array, Denoiser, Step, blend, denoise, perturb
-from sdedit.noise import Noise, checked_seed, result_seed
+from sdedit.loop import Array, OnStep, Step
+from sdedit.noise import checked_seed, result_seed
 from sdedit.schedule import StepTable, checked_steps, checked_t0, plan, resolve_eta
+
+if TYPE_CHECKING:
+    from sdedit.cuda.interop import GpuTensor
 
 MOST_SIDE = 2**16
 MOST = 10_000  # samples of a guide, repeats, images in a batch: more is a slip of the keyboard
@@ -74,7 +78,7 @@ class Timings:
 
     total_ms: float  # everything, from reading the guides to the last result
     loop_ms: float  # noise, network and updates
-    network_ms: float  # of which the network
+    network_ms: float | None  # of which the network; None on a GPU, where all of it is one CUDA graph
     evaluations: int  # network calls
 
 
@@ -97,6 +101,7 @@ class EditResult:
     results: tuple[Result, ...]
     options: EditOptions
     timings: Timings
+    executor_notes: tuple[str, ...] = ()
 
     @property
     def images(self) -> list[Image.Image]:
@@ -114,9 +119,10 @@ class EditResult:
 
     @property
     def notes(self) -> list[str]:
-        """What was converted while reading the guides and masks."""
+        """What was converted while reading the guides and masks, and what ran otherwise than it could."""
         pictures = [picture for result in self.results for picture in (result.guide, result.mask) if picture]
-        return list(dict.fromkeys(note for picture in pictures for note in picture.notes))
+        read = [note for picture in pictures for note in picture.notes]
+        return list(dict.fromkeys((*read, *self.executor_notes)))
 
 
 @dataclass(frozen=True)
@@ -172,21 +178,39 @@ class Editor:
         chosen = make_options(options).resolved(self.artifact.defaults)
         table = plan(self.sde, **chosen.schedule())
         jobs = self._jobs(_listed(guides), None if mask is None else _listed(mask), chosen)
-        denoiser = _Timed(self.backend.bind(chosen.batch, chosen.conditions, chosen.size))
         groups = [jobs[at : at + chosen.batch] for at in range(0, len(jobs), chosen.batch)]
         total = len(groups) * chosen.repeats * table.steps
-        loop_began = time.perf_counter()
-        xs: list[Array] = []
-        for group in groups:
-            report = None if on_step is None else partial(_report, on_step, denoiser, total, group)
-            xs.extend(_run(group, chosen, table, denoiser, report))
-        loop_s = time.perf_counter() - loop_began
-        pictures = _pixels(jobs, xs)
-        results = tuple(
-            Result(j.guide, j.mask, j.placement, j.seed, x, p) for j, x, p in zip(jobs, xs, pictures, strict=True)
-        )
-        total_s = time.perf_counter() - began
-        return EditResult(results, chosen, Timings(1e3 * total_s, 1e3 * loop_s, 1e3 * denoiser.seconds, denoiser.calls))
+        made: list[tuple[_Job, Array, Pixels]] = []
+        with self.backend.executor(chosen.batch, chosen.conditions, chosen.size) as executor:
+            loop_began = time.perf_counter()
+            for group in groups:
+                report = None if on_step is None else _Report(on_step, executor, total, group)
+                made.extend(_run(group, chosen, table, executor, report))
+            loop_s = time.perf_counter() - loop_began
+            notes = tuple(executor.notes)
+        results = tuple(Result(j.guide, j.mask, j.placement, j.seed, x, pixels) for j, x, pixels in made)
+        timings = Timings(1e3 * (time.perf_counter() - began), 1e3 * loop_s, executor.network_ms, executor.evaluations)
+        return EditResult(results, chosen, timings, notes)
+
+    def edit_tensor(self, guide: Any, *, mask: Any = None, stream: Any = None, **options: Any) -> "GpuTensor":
+        """Edit a batch that lies on the GPU; nothing passes through the host.
+
+        guide: float32 (B, C, H, W) in [-1, 1] at the model's size, mask: float32 (B, 1, H, W) in [0, 1], 1 = repaint;
+        any library's tensors with `__cuda_array_interface__` or `__dlpack__`. options: t0, steps, sampler, eta, seed
+        (image j has seed + j), repeats, conditions. stream: a CUDA stream to enqueue everything on: then nothing is
+        waited for, guide and mask must stay as they are until the stream has passed, and NaN is not looked for.
+        Without one, the guide must be ready, and the result is. Returns float32 (B, C, H, W), unclipped, which has both
+        protocols too. Raises OptionError (not a GPU backend, unknown options), ImageError (the tensors), DeviceError,
+        NetworkError.
+        """
+        from sdedit.cuda.tensor_edit import edit_tensor
+
+        allowed = ("t0", "steps", "sampler", "eta", "seed", "repeats", "conditions")
+        if unknown := set(options) - set(allowed):
+            raise OptionError(
+                f"unknown option {', '.join(sorted(unknown))}", hint=f"tensors are edited with {', '.join(allowed)}"
+            )
+        return edit_tensor(self.backend.on_gpu(), self.artifact, guide, mask, stream, make_options(options))
 
     def _jobs(self, guides: list[Source], masks: list[Source] | None, options: EditOptions) -> list[_Job]:
         if not guides:
@@ -210,21 +234,29 @@ class Editor:
         return jobs
 
 
-def load(model: str | Path | None = None, *, backend: str = "auto", threads: int | None = None) -> Editor:
-    """Open an artifact (.onnx file; None is the bundled 64x64 model) on a backend.
+def load(
+    model: str | Path | None = None,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    provider_options: Mapping[str, str] | None = None,
+) -> Editor:
+    """Open a model on a backend: an artifact (.onnx file; None is the bundled 64x64 model) or a TensorRT plan (.plan).
 
-    threads: CPU threads of the network; None uses every core this process may.
-    Raises ArtifactError, BackendUnavailable.
+    threads: CPU threads of the network; None uses every core this process may. provider_options: for the execution
+    provider of ort-cuda and ort-tensorrt, in ONNX Runtime's own names.
+    Raises ArtifactError, BackendUnavailable, OptionError.
     """
     if threads is not None:
         threads = whole("threads", threads, 1, MOST_THREADS, hint="leave it out for all cores")
     path = artifacts.BUNDLED if model is None else Path(model)
     if path.suffix == ".plan":
-        raise ArtifactError(
-            f"{path}: TensorRT plans are not run by this version", hint="load the .onnx file it came from"
-        )
+        from sdedit.tensorrt import plan as plans
+
+        opened = plans.read(path)
+        return Editor(opened.artifact, open_backend(backend, opened, threads, provider_options))
     artifact = artifacts.read(path)
-    return Editor(artifact, open_backend(backend, artifact, threads))
+    return Editor(artifact, open_backend(backend, artifact, threads, provider_options))
 
 
 def make_options(options: Mapping[str, Any]) -> EditOptions:
@@ -259,56 +291,37 @@ def _conditions(given: Mapping[str, float] | None) -> dict[str, float]:
         raise OptionError("a condition is too large a number", hint="conditions={'class_label': 3}") from None
 
 
-class _Timed:
-    """A denoiser that knows how long it took."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self._denoiser = denoiser
-        self.seconds, self.calls = 0.0, 0
-
-    def __call__(self, x: Array, sigma: Array) -> Array:
-        began = time.perf_counter()
-        denoised = self._denoiser(x, sigma)
-        self.seconds += time.perf_counter() - began
-        self.calls += 1
-        return denoised
-
-
 def _run(
-    group: list[_Job],
-    options: EditOptions,
-    table: StepTable,
-    denoiser: Denoiser,
-    on_step: Callable[[Step], bool | None] | None,
-) -> Array:
-    """The repeats of one batch: (len(group), C, H, W). A short group is filled up, so that a result never
-    depends on how many others there were.
-    """
+    group: list[_Job], options: EditOptions, table: StepTable, executor: Executor, on_step: OnStep | None
+) -> list[tuple[_Job, Array, Pixels]]:
+    """One batch. A short group is filled up, so that a result never depends on how many others there were."""
     full = group + [group[-1]] * (options.batch - len(group))
     guide = np.stack([job.x for job in full])
     mask = None if full[0].omega is None else np.stack([job.omega for job in full if job.omega is not None])
-    noise = Noise([job.seed for job in full], guide.shape[1:], steps=table.steps)
-    start = guide
-    for repeat in range(options.repeats):
-        x = perturb(start, table, noise, repeat=repeat)
-        edited = denoise(
-            denoiser, x, table, noise, repeat=repeat, guide=None if mask is None else guide, mask=mask, on_step=on_step
-        )
-        start = blend(guide, edited, mask)
-    return edited[: len(group)]
+    seeds = [job.seed for job in full]
+    xs, made = executor.run(guide, mask, seeds, table, repeats=options.repeats, on_step=on_step)
+    pixels = _pixels(group, xs) if made is None or mask is not None else list(made)
+    return list(zip(group, xs, pixels, strict=False))  # a batch that was filled up has more x than jobs
 
 
-def _report(
-    on_step: Callable[[Progress], bool | None], denoiser: _Timed, total: int, group: list[_Job], step: Step
-) -> bool | None:
-    return on_step(Progress(denoiser.calls, total, step, partial(_pixels, group)))
+class _Report:
+    """What `on_step` is told of a step, in the words of a whole edit."""
+
+    def __init__(
+        self, on_step: Callable[[Progress], bool | None], executor: Executor, total: int, group: list[_Job]
+    ) -> None:
+        self._on_step, self._executor, self._total, self._group = on_step, executor, total, group
+
+    def __call__(self, step: Step) -> bool | None:
+        done = self._executor.evaluations
+        return self._on_step(Progress(done, self._total, step, partial(_pixels, self._group)))
 
 
 def _pixels(jobs: Sequence[_Job], xs: Sequence[Array] | Array) -> list[Pixels]:
     """The pictures of these jobs: the whole frame, or pasted into the guide where there is a mask."""
     return [
         image.to_pixels(x) if job.omega_full is None else image.paste(job.guide, job.omega_full, x, job.placement)
-        for job, x in zip(jobs, xs, strict=False)  # a batch that was filled up has more x than jobs
+        for job, x in zip(jobs, xs, strict=False)
     ]
 
 

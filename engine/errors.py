@@ -25,6 +25,10 @@ class BackendUnavailable(SdeditError):
     """A backend was asked for that does not work on this machine."""
 
 
+class DeviceError(SdeditError):
+    """A CUDA call failed on a GPU that works: out of memory, say."""
+
+
 class NetworkError(SdeditError):
     """The network returned something that is not a picture: NaN, Inf, a wrong shape."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +31,12 @@ class Step:
     steps: int
     repeat: int  # 0 … repeats - 1
     sigma: NDArray[np.float64]  # σ at the start of the step: () or (B,)
-    denoised: Array = field(repr=False)  # (B, C, H, W), the network's current estimate of the result
+    _denoised: Callable[[], Array] = field(repr=False)
+
+    @property
+    def denoised(self) -> Array:
+        """(B, C, H, W), the network's current estimate of the result; copied from a GPU only when asked for."""
+        return self._denoised()
 
 
 OnStep = Callable[[Step], bool | None]
@@ -81,7 +87,7 @@ def denoise(
                 f"the network returned shape {denoised.shape}; wanted {x.shape}", hint="check the model's output"
             )
         if not np.isfinite(denoised.sum()) and not np.isfinite(denoised).all():
-            raise _not_finite(denoised, number, table, repeat)
+            raise not_finite(number, table, repeat)
         np.multiply(denoised, b, out=work)
         if two_step:
             if corrected[number - 1]:
@@ -102,7 +108,7 @@ def denoise(
             np.add(x, work, out=x)
         if on_step is not None:
             sigma = table.column("sigma")[..., number - 1]
-            if on_step(Step(number, table.steps, repeat, sigma, denoised)) is False:
+            if on_step(Step(number, table.steps, repeat, sigma, partial(np.asarray, denoised))) is False:
                 raise Cancelled(f"cancelled at step {number} of {table.steps}", hint="on_step returned False")
     return x
 
@@ -128,11 +134,10 @@ def _per_image(values: NDArray[np.float64], x: Array) -> Any:
     return values.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def _not_finite(denoised: Array, number: int, table: StepTable, repeat: int) -> NetworkError:
+def not_finite(number: int, table: StepTable, repeat: int) -> NetworkError:
+    """The error for a D of step `number` that holds NaN or Inf."""
     sigma = np.max(table.column("sigma")[..., number - 1])
-    bad = int(np.count_nonzero(~np.isfinite(denoised)))
     return NetworkError(
-        f"the network returned {bad} NaN or Inf values at step {number} of {table.steps} "
-        f"(repeat {repeat}, σ = {sigma:.4g})",
+        f"the network returned NaN or Inf at step {number} of {table.steps} (repeat {repeat}, σ = {sigma:.4g})",
         hint="the model may overflow in its precision, or not know this σ: use an fp32 model or a smaller t0",
     )

@@ -26,7 +26,8 @@ FORMAT = 1
 
 def make(editor: Editor, result: EditResult, index: int) -> dict[str, Any]:
     """The record of result number `index`, as if it had been made alone."""
-    one = result.results[index]
+    one, backend = result.results[index], editor.backend
+    told = {"provider_options": dict(backend.provider_options)} if backend.provider_options else {}
     return {
         "format": FORMAT,
         "options": asdict(replace(result.options, seed=one.seed, samples=1)),
@@ -34,11 +35,7 @@ def make(editor: Editor, result: EditResult, index: int) -> dict[str, Any]:
         "artifact": {"name": editor.artifact.name, "sha256": editor.artifact.sha256},
         "guide": {"sha256": one.guide.sha256},
         "mask": None if one.mask is None else {"sha256": one.mask.sha256},
-        "backend": {
-            "name": editor.backend.name,
-            "precision": editor.backend.precision,
-            "threads": editor.backend.threads,
-        },
+        "backend": {"name": backend.name, "precision": backend.precision, "threads": backend.threads, **told},
         "versions": versions(editor),
     }
 
@@ -60,6 +57,7 @@ class Record:
     options: EditOptions
     backend: str
     threads: int
+    provider_options: Mapping[str, str]
     artifact_sha256: str
     guide_sha256: str
     mask_sha256: str | None
@@ -86,6 +84,7 @@ def read(path: Path) -> Record:
             make_options(options).resolved({}),
             str(found["backend"]["name"]),
             whole("threads", found["backend"]["threads"], 1, MOST_THREADS, hint=""),
+            {str(name): str(value) for name, value in found["backend"].get("provider_options", {}).items()},
             str(found["artifact"]["sha256"]),
             str(found["guide"]["sha256"]),
             None if mask is None else str(mask["sha256"]),

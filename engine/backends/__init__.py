@@ -1,23 +1,32 @@
 """What executes the denoiser. A backend holds one loaded artifact and binds it for each edit."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
 
 from sdedit.artifact import Artifact
-from sdedit.errors import BackendUnavailable, OptionError
+from sdedit.errors import ArtifactError, BackendUnavailable, OptionError
+from sdedit.executor import Lease
 from sdedit.loop import Denoiser
 
-BACKENDS = ("ort-cpu", "ort-cuda", "ort-tensorrt")
-AUTO_ORDER = ("ort-cuda", "ort-cpu")  # best first, of those that keep the artifact's own precision
+if TYPE_CHECKING:
+    from sdedit.cuda.tensor_edit import GpuBackend
+    from sdedit.tensorrt.plan import Plan
+
+ORT = ("ort-cpu", "ort-cuda", "ort-tensorrt")
+TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the library's module
+BACKENDS = (*ORT, *TENSORRT)
+AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu")  # best first; all keep the artifact's own precision
 
 
 class Backend(Protocol):
-    """One artifact, loaded. Safe to share between threads: every edit binds buffers of its own."""
+    """One artifact, loaded. Safe to share between threads: every edit has an executor of its own."""
 
     name: str
     provider: str  # what executes, in its library's own words
     precision: str
-    threads: int
+    threads: int  # of the network on a CPU; 1 on a GPU
+    provider_options: Mapping[str, str]  # what the caller told ONNX Runtime's provider
     versions: Mapping[str, str]  # of the libraries that execute
 
     def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
@@ -27,30 +36,86 @@ class Backend(Protocol):
         """
         ...
 
+    def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
+        """What runs edits in batches of this size, for the length of a `with` block. Arguments as for `bind`."""
+        ...
 
-def open_backend(name: str, artifact: Artifact, threads: int | None) -> Backend:
-    """Open `artifact` on the backend called `name`, or the best that works for "auto".
+    def on_gpu(self) -> "GpuBackend":
+        """Itself, if its network runs on the GPU. Raises OptionError."""
+        ...
+
+
+def open_backend(
+    name: str, model: "Artifact | Plan", threads: int | None, provider_options: Mapping[str, str] | None = None
+) -> Backend:
+    """Open a model on the backend called `name`, or the best that works for "auto".
 
     Raises BackendUnavailable, OptionError for a name it does not know; never falls back from a backend that was named.
     """
-    from sdedit.backends.ort import OrtBackend
-
+    if provider_options and name not in ORT:
+        raise OptionError(
+            f"provider options are ONNX Runtime's; the backend is {name}", hint="name ort-cuda or ort-tensorrt"
+        )
     if name != "auto":
-        probe(name)
-        return OrtBackend(artifact, name, threads)
-    for candidate in AUTO_ORDER:
+        return _open(name, model, threads, provider_options)
+    candidates = AUTO_ORDER if isinstance(model, Artifact) else (model.library,)
+    for candidate in candidates:
         try:
-            probe(candidate)
-            return OrtBackend(artifact, candidate, threads)
-        except BackendUnavailable as error:
+            return _open(candidate, model, threads, provider_options)
+        except (BackendUnavailable, ArtifactError) as error:
             last = error
     raise last
 
 
+def _open(
+    name: str, model: "Artifact | Plan", threads: int | None, provider_options: Mapping[str, str] | None
+) -> Backend:
+    probe(name)
+    if name in TENSORRT:
+        from sdedit.backends.tensorrt import TensorRtBackend
+
+        return TensorRtBackend(model, name)
+    if not isinstance(model, Artifact):
+        raise OptionError(
+            f"{model.path}: a plan for {model.library} does not run on {name}", hint="load the .onnx file it came from"
+        )
+    if name == "ort-cpu":
+        from sdedit.backends.ort import OrtBackend
+
+        if provider_options:
+            raise OptionError("ort-cpu takes no provider options", hint="name ort-cuda or ort-tensorrt")
+        return OrtBackend(model, name, threads)
+    from sdedit.backends.ort_gpu import OrtGpuBackend
+
+    return OrtGpuBackend(model, name, provider_options)
+
+
 def probe(name: str) -> None:
     """Raise BackendUnavailable, with the cause and the fix, unless the backend can be tried here."""
-    if name not in BACKENDS:
-        raise OptionError(f"unknown backend {name!r}", hint=f"choose one of auto, {', '.join(BACKENDS)}")
-    from sdedit.backends import ort
+    if name in TENSORRT:
+        if find_spec(TENSORRT[name]) is None:
+            raise BackendUnavailable(
+                f"{name}: {TENSORRT[name]} is not installed", hint=f"pip install 'sdedit-engine[{name}]'"
+            )
+        from sdedit.backends import tensorrt
 
-    ort.probe(name)
+        tensorrt.probe(name)
+    elif name in ORT:
+        from sdedit.backends import ort
+
+        ort.probe(name)
+    else:
+        raise OptionError(f"unknown backend {name!r}", hint=f"choose one of auto, {', '.join(BACKENDS)}")
+
+
+def condition_values(artifact: Artifact, conditions: Mapping[str, float]) -> dict[str, float]:
+    """A checked value for each of the model's extra inputs. Raises OptionError for one too few or too many."""
+    values = {}
+    for name, declared in artifact.extra_inputs.items():
+        if name not in conditions:
+            raise OptionError(f"the model needs a value for its input {name}", hint=f"--set {name}=0")
+        values[name] = declared.checked(name, conditions[name])
+    if unknown := set(conditions) - set(values):
+        known = f"it takes {', '.join(values)}" if values else "this model takes none"
+        raise OptionError(f"the model has no input {', '.join(sorted(unknown))} to set", hint=known)
+    return values

@@ -1,30 +1,33 @@
-"""ONNX Runtime: on the CPU, and through its CUDA and TensorRT execution providers."""
+"""ONNX Runtime on the CPU, and what its GPU backends share with it."""
 
-import contextlib
 import os
-import sys
 from collections.abc import Mapping
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
+from sdedit.backends import condition_values
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, OptionError
+from sdedit.executor import HostExecutor, Lease
 from sdedit.loop import Array, Denoiser
+
+if TYPE_CHECKING:
+    from sdedit.cuda.tensor_edit import GpuBackend
 
 PROVIDERS = {
     "ort-cpu": "CPUExecutionProvider",
     "ort-cuda": "CUDAExecutionProvider",
     "ort-tensorrt": "TensorrtExecutionProvider",
 }
-PROVIDER_OPTIONS = {"ort-cuda": {"use_tf32": "0"}}  # float32 means float32
 MOST_THREADS = 256
 GPU_HINT = "pip uninstall onnxruntime, then pip install 'sdedit-engine[cuda]' (the two share a folder)"
 
 
 def probe(name: str) -> None:
-    """Raise BackendUnavailable unless this ONNX Runtime has the provider that `name` needs."""
+    """Raise BackendUnavailable unless this ONNX Runtime has the provider that `name` needs, and its libraries load."""
     provider = PROVIDERS[name]
     try:
         import onnxruntime
@@ -35,6 +38,10 @@ def probe(name: str) -> None:
         ) from error
     if provider not in onnxruntime.get_available_providers():
         raise BackendUnavailable(f"{name}: this onnxruntime has no {provider}", hint=GPU_HINT)
+    if name != "ort-cpu":
+        from sdedit.backends import ort_gpu
+
+        ort_gpu.require_libraries(name)
 
 
 def usable_cores() -> int:
@@ -61,47 +68,50 @@ class OrtBackend:
     def __init__(self, artifact: Artifact, name: str, threads: int | None) -> None:
         import onnxruntime
 
-        provider = PROVIDERS[name]
-        self.name, self.provider = name, provider
+        self.name, self.provider = name, PROVIDERS[name]
         self.precision = artifact.precision
         self.threads = min(usable_cores(), MOST_THREADS) if threads is None else threads
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
+        self.provider_options: Mapping[str, str] = {}
         self._artifact = artifact
-        if name != "ort-cpu" and hasattr(onnxruntime, "preload_dlls"):
-            with contextlib.redirect_stdout(sys.stderr):  # it prints what it cannot find
-                onnxruntime.preload_dlls(directory="")
+        try:
+            self._session = self._open({})
+        except Exception as error:  # onnxruntime raises its own kinds, and RuntimeError
+            raise ArtifactError(
+                f"{artifact.path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
+                hint="write it again; opset 18 to 22 is safe",
+            ) from error
+
+    def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
+        shape, extra = self._shape(batch, size), self._extra(batch, conditions)
+        return _Bound(self._session, shape, extra, shares_memory=self.name == "ort-cpu")
+
+    def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
+        return nullcontext(HostExecutor(self.bind(batch, conditions, size)))
+
+    def on_gpu(self) -> "GpuBackend":
+        raise OptionError(f"{self.name} has no tensors on a GPU", hint="open the model with backend='tensorrt'")
+
+    def _open(self, told: Mapping[str, str]) -> Any:
+        """The session, its provider told this much."""
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        try:
-            chosen = [(provider, PROVIDER_OPTIONS.get(name, {}))]
-            self._session = onnxruntime.InferenceSession(_source(artifact), options, providers=chosen)
-        except Exception as error:  # onnxruntime raises its own kinds, and RuntimeError
-            reason = str(error).splitlines()[0]
-            if name == "ort-cpu":
-                raise ArtifactError(
-                    f"{artifact.path}: ONNX Runtime cannot load it: {reason}",
-                    hint="write it again; opset 18 to 22 is safe",
-                ) from error
-            raise BackendUnavailable(f"{name}: {reason}", hint=GPU_HINT) from error
-        if self._session.get_providers()[0] != provider:
-            raise BackendUnavailable(f"{name}: {provider} did not come up; its libraries are missing", hint=GPU_HINT)
+        chosen = [(self.provider, dict(told))]
+        return onnxruntime.InferenceSession(_source(self._artifact), options, providers=chosen, enable_fallback=0)
 
-    def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
-        artifact = self._artifact
-        width, height = artifact.frame(size)
-        extra = {}
-        for name, declared in artifact.extra_inputs.items():
-            if name not in conditions:
-                raise OptionError(f"the model needs a value for its input {name}", hint=f"--set {name}=0")
-            extra[name] = np.full(batch, declared.checked(name, conditions[name]), declared.dtype)
-        if unknown := set(conditions) - set(extra):
-            names = ", ".join(sorted(unknown))
-            known = f"it takes {', '.join(extra)}" if extra else "this model takes none"
-            raise OptionError(f"the model has no input {names} to set", hint=known)
-        shape = batch, artifact.channels, height, width
-        return _Bound(self._session, shape, extra, shares_memory=self.name == "ort-cpu")
+    def _shape(self, batch: int, size: tuple[int, int] | None) -> tuple[int, int, int, int]:
+        width, height = self._artifact.frame(size)
+        return batch, self._artifact.channels, height, width
+
+    def _extra(self, batch: int, conditions: Mapping[str, float]) -> dict[str, NDArray[Any]]:
+        return {
+            name: np.full(batch, value, self._artifact.extra_inputs[name].dtype)
+            for name, value in condition_values(self._artifact, conditions).items()
+        }
 
 
 class _Bound:

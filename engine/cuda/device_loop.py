@@ -1,0 +1,284 @@
+"""The edit on the GPU: what loop.py does, as one CUDA graph.
+
+The guide and the step table go up once; every step is the network and one kernel (noise, update, mask composite),
+with nothing to wait for in between; the result comes down once. After one evaluation to warm up, a step is captured,
+and as many copies of it as there are steps are replayed with one launch.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdedit.cuda import kernels
+from sdedit.cuda.driver import Driver, Handle
+from sdedit.errors import Cancelled, DeviceError, SdeditError
+from sdedit.image import Pixels
+from sdedit.loop import Array, OnStep, Step, not_finite
+from sdedit.schedule import StepTable
+
+MOST_STEPS_A_GRAPH = 64  # longer edits launch it several times: nodes cost memory, launches microseconds
+MOST_GRAPHS = 16
+
+
+class DeviceNetwork(Protocol):
+    """A score network whose tensors live on the GPU. Wants the context current."""
+
+    capturable: bool  # whether `enqueue` may be recorded in a CUDA graph
+
+    def bind(self, x: int, sigma: int, denoised: int) -> None:
+        """The addresses of x (B, C, H, W), sigma (B,) and D (B, C, H, W), all float32, for every later call."""
+        ...
+
+    def enqueue(self, stream: int) -> None:
+        """Evaluate D on the stream; do not wait for it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DeviceLoop:
+    """Edits batches of one shape (B, C, H, W). Everything is allocated here, once. Not thread-safe.
+
+    stream: the caller's CUDA stream, or None for one of its own. Raises DeviceError.
+    """
+
+    def __init__(
+        self, driver: Driver, network: DeviceNetwork, shape: tuple[int, int, int, int], *, stream: int | None = None
+    ) -> None:
+        batch, channels, height, width = shape
+        self.shape, self.notes = shape, list[str]()
+        self._driver, self._network = driver, network
+        self._elements, self._plane = channels * height * width, height * width
+        self._graphs: dict[bytes, Handle] = {}
+        self._steps: dict[bytes, Handle] = {}
+        self._captures, self._warm = network.capturable, False
+        if self._captures and driver.graphs is None:
+            self._give_up_graphs("cuda-bindings is not installed (pip install cuda-bindings)")
+        self._edit = np.zeros(1, kernels.EDIT)
+        self._host: dict[str, NDArray[Any]] = {}
+        self._held = ExitStack()  # everything that `close` frees
+        with ExitStack() as on_failure:
+            on_failure.callback(self._held.close)
+            self._held.callback(network.close)
+            self._kernels = kernels.Kernels(driver)
+            self._held.callback(self._kernels.close)
+            self.stream = driver.make_stream() if stream is None else stream
+            if stream is None:
+                self._held.callback(driver.free_stream, self.stream)
+            self._uploaded = driver.make_event()
+            self._held.callback(driver.free_event, self._uploaded)
+            self._allocate_all(batch, channels, height, width)
+            network.bind(*(int(self._edit[name][0]) for name in ("x", "sigma", "denoised")))
+            self._held.callback(self._forget_graphs)
+            on_failure.pop_all()
+
+    def _allocate_all(self, batch: int, channels: int, height: int, width: int) -> None:
+        frame = 4 * batch * self._elements
+        self._fill(interface=kernels.INTERFACE, batch=batch, elements=self._elements, plane=self._plane)
+        self._fill(
+            x=self._allocate(frame), denoised=self._allocate(frame), sigma=self._allocate(4 * batch),
+            seeds=self._allocate(8 * batch), state=self._allocate(kernels.STATE.itemsize),
+            pixels=self._allocate(batch * self._elements),
+        )  # fmt: skip
+        self._guide, self._previous = self._allocate(frame), self._allocate(frame)
+        self._mask = self._allocate(4 * batch * self._plane)
+        self._table, self._table_bytes = 0, 0
+        for name, shape, kind in (
+            ("guide", self.shape, np.float32),
+            ("mask", (batch, self._plane), np.float32),
+            ("seeds", (batch,), np.uint64),
+            ("state", (1,), kernels.STATE),
+            ("x", self.shape, np.float32),
+            ("pixels", (batch, height, width, channels), np.uint8),
+        ):
+            self._host[name] = self._allocate_pinned(shape, kind)
+
+    def run(
+        self,
+        guide: Array | int,
+        mask: Array | int | None,
+        seeds: Sequence[int],
+        table: StepTable,
+        *,
+        repeats: int = 1,
+        on_step: OnStep | None = None,
+    ) -> tuple[NDArray[np.float32], Pixels]:
+        """One edit of the whole batch: (x (B, C, H, W), pixels (B, H, W, C)), valid until the next call.
+
+        guide: (B, C, H, W) in [-1, 1]; mask: (B, 1, H, W) in [0, 1], 1 = repaint, or None; either may be the address
+        of such an array on the GPU. Raises NetworkError, Cancelled, DeviceError; wants the context current, as every
+        method does.
+        """
+        self.start(guide, mask, seeds, table, repeats=repeats, on_step=on_step)
+        self._launch(self._kernels.pixels, kernels.pixel_grid(self._plane, self.shape[0]), self._edit)
+        for name in ("x", "pixels"):
+            self._driver.download(self._host[name], int(self._edit[name][0]), self.stream)
+        self.finish(table)
+        return self._host["x"], self._host["pixels"]
+
+    def start(
+        self,
+        guide: Array | int,
+        mask: Array | int | None,
+        seeds: Sequence[int],
+        table: StepTable,
+        *,
+        repeats: int = 1,
+        on_step: OnStep | None = None,
+    ) -> int:
+        """Enqueue the edit; without `on_step` nothing is waited for. The address that x will have its result at."""
+        self._prepare(guide, mask, seeds, table)
+        for repeat in range(repeats):
+            self._launch(self._kernels.start, kernels.grid(self._elements, self.shape[0]), self._edit)
+            done = 0
+            while done < table.steps:
+                count = 1 if on_step is not None else min(table.steps - done, MOST_STEPS_A_GRAPH)
+                self._advance(count)
+                done += count
+                if on_step is not None:
+                    self._report(on_step, done, table, repeat)
+        return int(self._edit["x"][0])
+
+    def finish(self, table: StepTable) -> None:
+        """Wait for the edit. Raises NetworkError if D was not finite at some step."""
+        self._driver.download(self._host["state"], int(self._edit["state"][0]), self.stream)
+        self._driver.synchronize(self.stream)
+        fault = int(self._host["state"]["fault"][0])
+        if fault == kernels.WRONG_INTERFACE:
+            raise DeviceError("the kernels have another interface version", hint="reinstall sdedit-engine")
+        if fault:
+            repeat, step = divmod(fault - 1, table.steps)
+            raise not_finite(step + 1, table, repeat)
+
+    def close(self) -> None:
+        """Free everything that was allocated here, the network's binding too."""
+        self._host = {}
+        self._held.close()
+
+    # --- before the steps ------------------------------------------------------------------------------------------
+
+    def _prepare(self, guide: Array | int, mask: Array | int | None, seeds: Sequence[int], table: StepTable) -> None:
+        self._driver.wait(self._uploaded)  # the pinned buffers are free again
+        rows = np.ascontiguousarray(table.rows, np.float32)
+        rows = rows.reshape(-1, *rows.shape[-2:])
+        if rows.nbytes > self._table_bytes:
+            self._forget_graphs()
+            self._table, self._table_bytes = self._allocate(rows.nbytes), rows.nbytes
+            self._host["table"] = self._allocate_pinned((rows.size,), np.float32)
+        self._host["table"][: rows.size] = rows.ravel()
+        self._driver.upload(self._table, self._host["table"][: rows.size], self.stream)
+        self._host["seeds"][:] = seeds
+        self._host["state"][:] = 0
+        for name in ("seeds", "state"):
+            self._driver.upload(int(self._edit[name][0]), self._host[name], self.stream)
+        if not isinstance(guide, int):
+            self._host["guide"][:] = guide
+            self._driver.upload(self._guide, self._host["guide"], self.stream)
+            guide = self._guide
+        if mask is not None and not isinstance(mask, int):
+            self._host["mask"][:] = mask.reshape(self._host["mask"].shape)
+            self._driver.upload(self._mask, self._host["mask"], self.stream)
+            mask = self._mask
+        self._driver.record(self._uploaded, self.stream)
+        two_step = bool(table.column("d").any())
+        self._fill(
+            steps=table.steps, tables=len(rows), table=self._table, guide=guide,
+            mask=mask or 0, previous=self._previous if two_step else 0,
+        )  # fmt: skip
+        self._step_edit = self._edit.copy()
+        if mask is None:
+            self._step_edit["guide"] = 0  # not read then: a graph serves every guide of the caller's
+
+    # --- the steps -------------------------------------------------------------------------------------------------
+
+    def _advance(self, count: int) -> None:
+        """The next `count` steps, as one graph where that works."""
+        if self._captures:
+            executable = self._graph(count)
+            if executable is not None:
+                self._graph_calls.launch(executable, self.stream)
+                return
+        for _ in range(count):
+            self._step()
+
+    def _step(self) -> None:
+        self._network.enqueue(self.stream)
+        self._launch(self._kernels.step, kernels.grid(self._elements, self.shape[0]), self._step_edit)
+
+    def _graph(self, count: int) -> Handle | None:
+        """`count` steps of this edit as a graph; None, and a note, where one cannot be made."""
+        key = self._step_edit.tobytes()
+        name = key + count.to_bytes(4, "little")
+        if name not in self._graphs:
+            try:
+                if key not in self._steps:
+                    self._capture(key)
+                self._graphs[name] = self._graph_calls.chain(self._steps[key], count)
+            except SdeditError as error:
+                self._give_up_graphs(f"the step cannot be captured: {error}")
+                return None
+        return self._graphs[name]
+
+    def _capture(self, key: bytes) -> None:
+        if len(self._steps) >= MOST_GRAPHS:
+            self._forget_graphs()
+        if not self._warm:  # a library's first call may do what cannot be captured; D alone changes nothing
+            self._network.enqueue(self.stream)
+            self._warm = True
+        self._graph_calls.begin(self.stream)
+        try:
+            self._step()
+        finally:
+            captured = self._graph_calls.end(self.stream)
+        self._steps[key] = captured
+
+    def _report(self, on_step: OnStep, number: int, table: StepTable, repeat: int) -> None:
+        self._driver.synchronize(self.stream)
+        sigma = table.column("sigma")[..., number - 1]
+        if on_step(Step(number, table.steps, repeat, sigma, self._denoised)) is False:
+            raise Cancelled(f"cancelled at step {number} of {table.steps}", hint="on_step returned False")
+
+    def _denoised(self) -> NDArray[np.float32]:
+        """D of the step just run, copied only where a preview asks for it."""
+        self._driver.download(self._host["x"], int(self._edit["denoised"][0]), self.stream)
+        self._driver.synchronize(self.stream)
+        return self._host["x"]
+
+    # --- the device ------------------------------------------------------------------------------------------------
+
+    @property
+    def _graph_calls(self) -> Any:
+        return self._driver.graphs
+
+    def _give_up_graphs(self, reason: str) -> None:
+        self._captures = False
+        self.notes.append(f"no CUDA graph, steps are launched one by one: {reason}")
+
+    def _forget_graphs(self) -> None:
+        self._driver.synchronize(self.stream)
+        for executable in self._graphs.values():
+            self._graph_calls.free(executable)
+        for step in self._steps.values():
+            self._graph_calls.free_graph(step)
+        self._graphs, self._steps = {}, {}
+
+    def _fill(self, **values: int) -> None:
+        for name, value in values.items():
+            self._edit[name] = value
+
+    def _launch(self, function: Handle, grid: tuple[int, int], edit: NDArray[Any]) -> None:
+        self._driver.launch(function, grid, kernels.THREADS, edit, self.stream)
+
+    def _allocate(self, nbytes: int) -> int:
+        pointer = self._driver.allocate(nbytes)
+        self._held.callback(self._driver.free, pointer)
+        return pointer
+
+    def _allocate_pinned(self, shape: tuple[int, ...], kind: Any) -> NDArray[Any]:
+        memory = self._driver.allocate_pinned(int(np.prod(shape)) * np.dtype(kind).itemsize)
+        self._held.callback(self._driver.free_pinned, memory)
+        shaped: NDArray[Any] = memory.view(kind).reshape(shape)
+        return shaped

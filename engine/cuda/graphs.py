@@ -1,0 +1,48 @@
+"""CUDA graphs on a stream's handle, by cuda.bindings: pycuda has none of its own."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdedit.cuda.bindings_port import Calls
+
+Graph = Any
+Executable = Any
+
+
+class Graphs:
+    """Capture what one step enqueues; replay it any number of times in a row with one launch.
+
+    Every method wants the context current and raises DeviceError.
+    """
+
+    def __init__(self, call: "Calls") -> None:
+        self._call = call
+
+    def begin(self, stream: int) -> None:
+        """What is enqueued on the stream from here on is recorded, not run. Other threads are not affected."""
+        self._call(
+            "cuStreamBeginCapture", stream, self._call.cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        )
+
+    def end(self, stream: int) -> Graph:
+        return self._call("cuStreamEndCapture", stream)
+
+    def chain(self, step: Graph, count: int) -> Executable:
+        """`count` times `step`, one after another, ready to launch."""
+        whole = self._call("cuGraphCreate", 0)
+        try:
+            last: list[Any] = []
+            for _ in range(count):
+                last = [self._call("cuGraphAddChildGraphNode", whole, last or None, len(last), step)]
+            return self._call("cuGraphInstantiate", whole, 0)
+        finally:
+            self._call("cuGraphDestroy", whole)
+
+    def launch(self, executable: Executable, stream: int) -> None:
+        self._call("cuGraphLaunch", executable, stream)
+
+    def free(self, executable: Executable) -> None:
+        self._call("cuGraphExecDestroy", executable)
+
+    def free_graph(self, step: Graph) -> None:
+        self._call("cuGraphDestroy", step)

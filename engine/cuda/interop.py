@@ -1,0 +1,182 @@
+"""Tensors of other libraries on the GPU, in and out without a copy: `__cuda_array_interface__` and DLPack."""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sdedit.errors import ImageError, OptionError
+
+KIND_CUDA = 2  # DLDeviceType kDLCUDA
+FLOAT = 2  # DLDataTypeCode kDLFloat
+
+
+class _DlTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+class _DlManagedTensor(ctypes.Structure):
+    pass
+
+
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DlManagedTensor))
+_DlManagedTensor._fields_ = (("tensor", _DlTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
+
+_python = ctypes.pythonapi
+_capsule_new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", _python)
+)
+_capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", _python)
+)
+_capsule_rename = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_SetName", _python))
+_NEW, _USED = b"dltensor", b"used_dltensor"
+
+
+def stream_handle(stream: Any) -> int | None:
+    """A CUDA stream as its handle: an int, a PyTorch, CuPy or cuda-core stream, or None. Raises OptionError."""
+    if stream is None or (isinstance(stream, int) and not isinstance(stream, bool)):
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        found = stream.__cuda_stream__
+        return int((found() if callable(found) else found)[1])
+    for name in ("cuda_stream", "ptr", "handle"):  # PyTorch, CuPy, pycuda
+        if hasattr(stream, name):
+            return int(getattr(stream, name))
+    raise OptionError(
+        f"stream is {type(stream).__name__}; wanted a CUDA stream",
+        hint="pass its handle as an int, or a PyTorch, CuPy or cuda-core stream",
+    )
+
+
+class GpuView:
+    """Where another library's float32 tensor lies. Keeps it alive.
+
+    Raises ImageError for one that is not on a GPU, not float32, not contiguous, or not of `shape` (None: any length).
+    """
+
+    def __init__(self, tensor: Any, shape: tuple[int | None, ...], role: str, stream: int) -> None:
+        self._tensor, self._role = tensor, role
+        if hasattr(tensor, "__cuda_array_interface__"):
+            self._from_array_interface(tensor.__cuda_array_interface__)
+        elif hasattr(tensor, "__dlpack__"):
+            self._from_dlpack(tensor, stream)
+        else:
+            raise ImageError(
+                f"the {role} is {type(tensor).__name__}; wanted a tensor on the GPU",
+                hint="pass one with __cuda_array_interface__ or __dlpack__; edit() takes files, pictures and arrays",
+            )
+        fits = len(shape) == len(self.shape) and all(w in (None, s) for w, s in zip(shape, self.shape, strict=True))
+        if not fits:
+            wanted = tuple("B" if side is None else side for side in shape)
+            raise ImageError(
+                f"the {role} is {self.shape}; wanted ({', '.join(map(str, wanted))})",
+                hint="edit() resizes; a tensor has the model's size already",
+            )
+
+    def _from_array_interface(self, found: dict[str, Any]) -> None:
+        self.pointer, self.shape = int(found["data"][0]), tuple(map(int, found["shape"]))
+        self._require_floats(found["typestr"] in ("<f4", "=f4"), found["typestr"])
+        self._require_contiguous(found.get("strides"), itemsize=4)
+
+    def _from_dlpack(self, tensor: Any, stream: int) -> None:
+        kind, _ = tensor.__dlpack_device__()
+        if int(kind) != KIND_CUDA:
+            raise ImageError(
+                f"the {self._role} is not on a CUDA device (DLPack device type {int(kind)})", hint="move it to the GPU"
+            )
+        self._capsule = tensor.__dlpack__(stream=stream)
+        managed = ctypes.cast(_capsule_pointer(self._capsule, _NEW), ctypes.POINTER(_DlManagedTensor))
+        _capsule_rename(self._capsule, _USED)
+        self._release: Callable[[], None] | None = lambda: managed.contents.deleter(managed)
+        found = managed.contents.tensor
+        self.pointer = int(found.data or 0) + int(found.byte_offset)
+        self.shape = tuple(found.shape[k] for k in range(found.ndim))
+        self._require_floats((found.code, found.bits, found.lanes) == (FLOAT, 32, 1), f"{found.bits}-bit")
+        strides = [found.strides[k] for k in range(found.ndim)] if found.strides else None
+        self._require_contiguous(strides, itemsize=1)
+
+    def _require_floats(self, given: bool, kind: str) -> None:
+        if not given:
+            raise ImageError(f"the {self._role} is {kind}; wanted float32", hint="convert it first, to [-1, 1]")
+
+    def _require_contiguous(self, strides: Any, itemsize: int) -> None:
+        expected = itemsize
+        for side, stride in zip(reversed(self.shape), reversed(list(strides or ())), strict=False):
+            if side != 1 and stride != expected:
+                raise ImageError(f"the {self._role} is not contiguous", hint="pass it in C order: B, C, H, W")
+            expected *= side
+
+    def __del__(self) -> None:
+        release = getattr(self, "_release", None)
+        if release is not None:
+            self._release = None
+            release()
+
+
+class GpuTensor:
+    """A float32 tensor on the GPU that this engine made; PyTorch, CuPy, JAX and others take it as it is.
+
+    stream: what wrote it; work on other streams must wait for that one.
+    """
+
+    def __init__(self, pointer: int, shape: tuple[int, ...], stream: int, free: Callable[[], None]) -> None:
+        self.pointer, self.shape, self.stream = pointer, shape, stream
+        self.dtype = np.dtype(np.float32)
+        self._free: Callable[[], None] | None = free
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape, "typestr": "<f4", "data": (self.pointer, False), "version": 3, "strides": None,
+            "stream": self.stream or 1,
+        }  # fmt: skip
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return KIND_CUDA, 0
+
+    def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
+        """A capsule. The caller's stream must wait for `self.stream` where they differ."""
+        return _capsule(self)
+
+    def __del__(self) -> None:
+        free = getattr(self, "_free", None)
+        if free is not None:
+            self._free = None
+            free()
+
+
+_lent: dict[int, tuple[Any, ...]] = {}  # what capsules point to, until their takers are done
+
+
+def _delete(managed: Any) -> None:
+    _lent.pop(ctypes.addressof(managed.contents), None)
+
+
+def _capsule_died(capsule: int) -> None:
+    """A capsule that nobody took still owns its tensor."""
+    valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _python))
+    pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_GetPointer", _python))
+    if valid(capsule, _NEW):
+        _lent.pop(pointer(capsule, _NEW), None)
+
+
+_deleter = _Deleter(_delete)
+_destructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_capsule_died)
+
+
+def _capsule(tensor: GpuTensor) -> Any:
+    shape = (ctypes.c_int64 * len(tensor.shape))(*tensor.shape)
+    managed = _DlManagedTensor()
+    managed.tensor.data, managed.tensor.device_type, managed.tensor.ndim = tensor.pointer, KIND_CUDA, len(tensor.shape)
+    managed.tensor.code, managed.tensor.bits, managed.tensor.lanes = FLOAT, 32, 1
+    managed.tensor.shape = ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
+    managed.deleter = _deleter
+    _lent[ctypes.addressof(managed)] = (managed, shape, tensor)
+    return _capsule_new(ctypes.addressof(managed), _NEW, ctypes.cast(_destructor, ctypes.c_void_p))

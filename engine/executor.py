@@ -1,0 +1,118 @@
+"""What runs the edit of one batch: the loop on the host around any denoiser, or the loop on the GPU."""
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from sdedit.image import Pixels
+from sdedit.loop import Array, Denoiser, OnStep, Step, blend, denoise, perturb
+from sdedit.noise import Noise
+from sdedit.schedule import StepTable
+
+if TYPE_CHECKING:
+    from sdedit.cuda.device_loop import DeviceLoop
+
+
+class Executor(Protocol):
+    """Runs batches of one size. Used by one thread at a time."""
+
+    evaluations: int  # network calls so far
+    network_ms: float | None  # of which this long was spent in the network; None where that is not seen
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of how it ran."""
+        ...
+
+    def run(
+        self,
+        guide: Array,
+        mask: Array | None,
+        seeds: Sequence[int],
+        table: StepTable,
+        *,
+        repeats: int,
+        on_step: OnStep | None,
+    ) -> tuple[Array, Pixels | None]:
+        """Edit a batch: x (B, C, H, W) and, where they were made on the way, its pixels (B, H, W, C).
+
+        guide: (B, C, H, W) in [-1, 1]; mask: (B, 1, H, W) in [0, 1], 1 = repaint. Raises NetworkError, Cancelled.
+        """
+        ...
+
+
+Lease = AbstractContextManager[Executor]  # an executor for the length of one edit
+
+
+class HostExecutor:
+    """The loop in NumPy, around a denoiser."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self.evaluations = 0
+        self.network_ms: float | None = None
+        self.notes: Sequence[str] = ()
+
+    def run(
+        self,
+        guide: Array,
+        mask: Array | None,
+        seeds: Sequence[int],
+        table: StepTable,
+        *,
+        repeats: int,
+        on_step: OnStep | None,
+    ) -> tuple[Array, Pixels | None]:
+        noise = Noise(seeds, guide.shape[1:], steps=table.steps)
+        start, inside = guide, None if mask is None else guide
+        for repeat in range(repeats):
+            x = perturb(start, table, noise, repeat=repeat)
+            edited = denoise(self._evaluate, x, table, noise, repeat=repeat, guide=inside, mask=mask, on_step=on_step)
+            start = blend(guide, edited, mask)
+        return edited, None
+
+    def _evaluate(self, x: Array, sigma: Array) -> Array:
+        began = time.perf_counter()
+        denoised = self._denoiser(x, sigma)
+        self.network_ms = (self.network_ms or 0) + 1e3 * (time.perf_counter() - began)
+        self.evaluations += 1
+        return denoised
+
+
+class DeviceExecutor:
+    """The loop on the GPU. Network and updates are one CUDA graph there: its parts are not timed.
+
+    Wants the context current.
+    """
+
+    network_ms: float | None = None
+
+    def __init__(self, loop: "DeviceLoop") -> None:
+        self._loop = loop
+        self.evaluations = 0
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self._loop.notes
+
+    def run(
+        self,
+        guide: Array,
+        mask: Array | None,
+        seeds: Sequence[int],
+        table: StepTable,
+        *,
+        repeats: int,
+        on_step: OnStep | None,
+    ) -> tuple[Array, Pixels | None]:
+        def counted(step: Step) -> bool | None:
+            self.evaluations += 1
+            return None if on_step is None else on_step(step)
+
+        before = self.evaluations
+        x, pixels = self._loop.run(
+            guide, mask, seeds, table, repeats=repeats, on_step=None if on_step is None else counted
+        )
+        self.evaluations = before + repeats * table.steps
+        return x.copy(), pixels.copy()

@@ -1,0 +1,28 @@
+"""The device loop without a GPU: its cases run on the driver double, in a process of its own for each port."""
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from cuda_double import FOLDER, isolated
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+PORTS = {"cuda-core": "cuda.bindings", "pycuda": "pycuda"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the double is compiled once."""
+    return tmp_path_factory.mktemp("double")
+
+
+@pytest.mark.parametrize("cases", ["device_loop", "tensorrt_backend"])
+@pytest.mark.parametrize("port", PORTS)
+def test_it_runs_on_the_driver_double(port, cases, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    package = PORTS[port].partition(".")[0]
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    monkeypatch.setenv("SDEDIT_CUDA", port)
+    monkeypatch.setenv("SDEDIT_DOUBLE_FOLDER", str(folder))
+    isolated(FOLDER / f"{cases}_cases.py")
