@@ -1,4 +1,4 @@
-"""`sdedit inspect`: what an artifact says of itself, its step table, or the record in a picture."""
+"""`sdedit inspect`: what an artifact or a plan says of itself, its step table, or the record in a picture."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sdedit.artifact import Artifact
     from sdedit.protobuf import Tensor
 
-HELP = "show an artifact's metadata, inputs and outputs, its step table, or the record in a PNG"
+HELP = "show an artifact's or plan's metadata, inputs and outputs, its step table, or the record in a PNG"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file",
         nargs="?",
         metavar="FILE",
-        help="an artifact, or a PNG that 'sdedit edit' wrote (default: the bundled model)",
+        help="an artifact, a plan, or a PNG that 'sdedit edit' wrote (default: the bundled model)",
     )
     add_schedule(parser)
     add_json(parser)
@@ -35,16 +35,20 @@ def run(arguments: argparse.Namespace) -> int:
         fields = record.read_json(path)
         print_json({"path": str(path), "record": fields} if arguments.json else fields)
         return OK
-    opened = artifact.read(path)
-    described: dict[str, Any] = {
-        "path": str(path),
-        "size_bytes": opened.size_bytes,
-        "sha256": opened.sha256,
-        "opset": opened.opset,
-        "metadata": opened.metadata,
-        "inputs": [tensor(t) for t in opened.inputs],
-        "outputs": [tensor(t) for t in opened.outputs],
-    }
+    described: dict[str, Any]
+    if path.suffix == ".plan":
+        opened, described = plan_and_sidecar(path)
+    else:
+        opened = artifact.read(path)
+        described = {
+            "path": str(path),
+            "size_bytes": opened.size_bytes,
+            "sha256": opened.sha256,
+            "opset": opened.opset,
+            "metadata": opened.metadata,
+            "inputs": [tensor(t) for t in opened.inputs],
+            "outputs": [tensor(t) for t in opened.outputs],
+        }
     wants_table = any(getattr(arguments, name) is not None for name in ("t0", "steps", "sampler", "eta"))
     if wants_table:
         described["table"] = step_table(opened, arguments)
@@ -53,6 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show(described)
     return OK
+
+
+def plan_and_sidecar(path: Path) -> tuple["Artifact", dict[str, Any]]:
+    """The artifact that a plan was built from, and the plan's sidecar."""
+    from sdedit.tensorrt import plan
+
+    opened = plan.read(path)
+    return opened.artifact, {"path": str(path), **opened.sidecar}
 
 
 def tensor(t: "Tensor") -> dict[str, Any]:
@@ -78,15 +90,18 @@ def show(described: dict[str, Any]) -> None:
         levels = sde["alphas_cumprod"]
         sde["alphas_cumprod"] = f"{len(levels)} levels, {levels[0]:.6g} … {levels[-1]:.3g}"
     kind = sde.pop("kind")
-    print(f"{described['path']}  {described['size_bytes'] / 1e6:.1f} MB  sha256 {described['sha256'][:16]}…")
+    plan = described.get("plan")
+    size, sha256 = (plan["bytes"], plan["sha256"]) if plan else (described["size_bytes"], described["sha256"])
+    print(f"{described['path']}  {size / 1e6:.1f} MB  sha256 {sha256[:16]}…")
     rows = {
         "name": metadata.get("name", "-"),
+        **(plan_rows(described) if plan else {}),
         "image": f"{image['channels']} x {image['height']} x {image['width']} (channels, height, width)",
         "sde": f"{kind}  " + "  ".join(f"{name} {value}" for name, value in sde.items()),
         "defaults": "  ".join(f"{name} {value}" for name, value in (metadata.get("defaults") or {}).items()) or "-",
         "precision": metadata.get("precision", "fp32"),
         "license": metadata.get("license", "-"),
-        "opset": described["opset"],
+        "opset": described["artifact"]["opset"] if plan else described["opset"],
     }
     shown = {"format", "image", "sde", "defaults", *rows}
     rows |= {name: json.dumps(value, ensure_ascii=False) for name, value in metadata.items() if name not in shown}
@@ -98,6 +113,19 @@ def show(described: dict[str, Any]) -> None:
         print(f"\n{'step':>6}" + "".join(f"{name:>13}" for name in table["columns"]))
         for number, row in enumerate(table["rows"], start=1):
             print(f"{number:>6}" + "".join(f"{value:>13.6g}" for value in row))
+
+
+def plan_rows(sidecar: dict[str, Any]) -> dict[str, str]:
+    """What a plan has to say beside its artifact."""
+    origin, gpu, activation = sidecar["artifact"], sidecar["gpu"], sidecar.get("activation_bytes")
+    on = f"on {gpu['name']}, driver {gpu['driver']}" if gpu else "ahead of time"
+    return {
+        "plan": f"{sidecar['library']['name']} {sidecar['library']['version']}  {', '.join(sidecar['targets'])}",
+        "built": f"{sidecar.get('built', '-')}  {on}",
+        "from": f"{origin['name']}  sha256 {origin['sha256'][:16]}…",
+        "batch": ":".join(map(str, sidecar["profile"]["batch"])) + " (least, tuned for, most)",
+        "activation": "  ".join(f"{size / 1e6:.1f} MB" for size in activation) if activation else "-",
+    }
 
 
 def _shape(shape: list[Any] | None) -> str:

@@ -1,6 +1,7 @@
 """`sdedit`: one parser, one place where errors become exit codes."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -12,11 +13,11 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import sdedit
-from sdedit.cli import doctor, edit, export, inspect, verify
+from sdedit.cli import build, doctor, edit, export, inspect, verify
 from sdedit.cli.exits import FAILED, INTERRUPTED, OK, OUT_OF_TOLERANCE, USAGE
 from sdedit.errors import OptionError, OutOfTolerance, SdeditError
 
-COMMANDS = {"edit": edit, "export": export, "verify": verify, "inspect": inspect, "doctor": doctor}
+COMMANDS = {"edit": edit, "export": export, "build": build, "verify": verify, "inspect": inspect, "doctor": doctor}
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,14 +81,18 @@ def _explain(error: Exception) -> tuple[str, str, int]:
 
 @contextmanager
 def _process_of_our_own(debug: bool) -> Iterator[None]:
-    """What a command may do and a library may not: silence other packages' warnings, print any name on any
-    terminal, and clean up when told to terminate.
+    """What a command may do and a library may not: silence other packages' warnings, show our log on stderr, print
+    any name on any terminal, and clean up when told to terminate.
     """
     if sys.stderr is None:  # closed by the caller
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    told = logging.StreamHandler(sys.stderr)
+    log = logging.getLogger("sdedit")
+    log.addHandler(told)
+    log.setLevel(logging.INFO)
     mine = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if mine else None
     try:
@@ -96,6 +101,7 @@ def _process_of_our_own(debug: bool) -> Iterator[None]:
                 warnings.simplefilter("ignore")
             yield
     finally:
+        log.removeHandler(told)
         if mine:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 

@@ -123,7 +123,7 @@ def read(path: Path) -> Artifact:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: metadata 'sdedit' is not JSON: {error}", hint=EXPORT_HINT) from error
     try:
-        return _validate(path, model, size, metadata)
+        return validate(path, model, size, metadata)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}", hint=error.hint) from None
 
@@ -154,11 +154,12 @@ def _read_onnx(path: Path) -> tuple[protobuf.Model, int]:
         raise ArtifactError(f"{path}: not an ONNX file, or a truncated one: {error}", hint=EXPORT_HINT) from error
 
 
-def _validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Artifact:
+def validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Artifact:
+    """The artifact, if its metadata and its tensors are what they must be. Raises ArtifactError, without the path."""
     if not isinstance(metadata, dict):
         raise ArtifactError("metadata 'sdedit' is not a JSON object", hint=EXPORT_HINT)
     version: Any = metadata.get("format")
-    if not _whole(version) or version < 1:
+    if not is_whole(version) or version < 1:
         raise ArtifactError(f"format is {version!r}; wanted {FORMAT}", hint=EXPORT_HINT)
     if version > FORMAT:
         raise ArtifactError(
@@ -173,7 +174,7 @@ def _validate(path: Path, model: protobuf.Model, size: int, metadata: Any) -> Ar
         raise ArtifactError("metadata has no 'image' object", hint=EXPORT_HINT)
     for name in ("channels", "height", "width", "multiple"):
         value: Any = image.get(name, 1 if name == "multiple" else None)
-        if not _whole(value) or value < 1:
+        if not is_whole(value) or value < 1:
             raise ArtifactError(f"image.{name} is {value!r}; wanted a whole number, at least 1", hint=EXPORT_HINT)
     for name in ("height", "width"):
         if image[name] % image.get("multiple", 1):
@@ -243,7 +244,7 @@ def _extra_inputs(metadata: Mapping[str, Any]) -> dict[str, ExtraInput]:
         if dtype not in ("int64", "int32", "float32"):
             raise ArtifactError(f"inputs.{name}.dtype is {dtype!r}; wanted int64, int32 or float32", hint=EXPORT_HINT)
         count: Any = value.get("count")
-        if count is not None and (not _whole(count) or count < 1):
+        if count is not None and (not is_whole(count) or count < 1):
             raise ArtifactError(
                 f"inputs.{name}.count is {count!r}; wanted a whole number, at least 1", hint=EXPORT_HINT
             )
@@ -281,5 +282,6 @@ def _check_tensors(model: protobuf.Model, image: Mapping[str, Any], extra: Mappi
                     raise ArtifactError(f"{side} {name} has {label} {size}, image.{label} is {meant}", hint=EXPORT_HINT)
 
 
-def _whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether JSON's `value` is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)

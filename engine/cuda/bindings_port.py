@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdedit.cuda.driver import Gpu, Handle, Pinned, failed, no_library, unavailable
+from sdedit.cuda.driver import Gpu, Handle, Pinned, driver_text, failed, no_library, unavailable
 from sdedit.cuda.graphs import Graphs
 
 
@@ -50,7 +50,6 @@ class BindingsPort:
 
     def __init__(self, call: Calls, device: Any) -> None:
         self._call = call
-        number = call("cuDriverGetVersion")
         attribute = call.cu.CUdevice_attribute
         capability = tuple(
             self._call("cuDeviceGetAttribute", which, device)
@@ -60,8 +59,7 @@ class BindingsPort:
             )
         )
         name = self._call("cuDeviceGetName", 256, device).split(b"\0")[0].decode()
-        memory = self._call("cuDeviceTotalMem", device)
-        self.gpu = Gpu(name, (capability[0], capability[1]), f"{number // 1000}.{number % 1000 // 10}", memory)
+        self.gpu = Gpu(name, (capability[0], capability[1]), driver_text(call("cuDriverGetVersion")))
         self.versions: Mapping[str, str] = {"cuda-bindings": version("cuda-bindings")}
         self._context = self._call("cuDevicePrimaryCtxRetain", device, error=unavailable)
         self._pinned: dict[int, int] = {}

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -30,17 +31,30 @@ Pinned = NDArray[np.uint8]  # page-locked host memory, which copies run beside
 
 @dataclass(frozen=True)
 class Gpu:
-    """The device that the edit runs on."""
+    """A GPU, as far as it decides which plans and kernels it runs."""
 
     name: str
     compute_capability: tuple[int, int]
-    driver: str  # the CUDA version that the driver speaks, such as 13.0
-    memory_bytes: int
+    driver: str  # the driver's own version where the system says it, and the CUDA version that it speaks
 
     @property
     def target(self) -> str:
         """What plans and kernels are built for, such as sm_90."""
-        return f"sm_{self.compute_capability[0]}{self.compute_capability[1]}"
+        return target_of(self.compute_capability)
+
+
+def target_of(compute_capability: tuple[int, int]) -> str:
+    """(8, 6) -> sm_86"""
+    return f"sm_{compute_capability[0]}{compute_capability[1]}"
+
+
+def driver_text(number: int) -> str:
+    """The driver's version, from what cuDriverGetVersion returns: "580.95.05, CUDA 13.0"."""
+    cuda = f"CUDA {number // 1000}.{number % 1000 // 10}"
+    try:
+        return f"{Path('/sys/module/nvidia/version').read_text('ascii').strip()}, {cuda}"
+    except (OSError, ValueError):  # not Linux, or hidden in a container
+        return cuda
 
 
 class Driver(Protocol):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdedit.cuda.bindings_port import Calls
-from sdedit.cuda.driver import Gpu, Handle, Pinned, failed, unavailable
+from sdedit.cuda.driver import Gpu, Handle, Pinned, driver_text, failed, unavailable
 from sdedit.cuda.graphs import Graphs
 from sdedit.errors import SdeditError
 
@@ -48,9 +48,7 @@ class PycudaPort:
 
     def __init__(self, cu: Any, device: Any, version: str) -> None:
         self._cu = cu
-        number = cu.get_driver_version()
-        driver = f"{number // 1000}.{number % 1000 // 10}"
-        self.gpu = Gpu(device.name(), tuple(device.compute_capability()), driver, device.total_memory())
+        self.gpu = Gpu(device.name(), tuple(device.compute_capability()), driver_text(cu.get_driver_version()))
         self.versions: Mapping[str, str] = {"pycuda": version}
         self._context = device.retain_primary_context()
         atexit.register(self._context.detach)  # or pycuda complains of it when the interpreter ends
