@@ -16,7 +16,7 @@ from sdedit.cuda.driver import Driver, open_driver
 from sdedit.errors import ArtifactError, BackendUnavailable, DeviceError, NetworkError, OptionError
 from sdedit.executor import DeviceExecutor, Executor
 from sdedit.loop import Denoiser
-from sdedit.tensorrt import cache
+from sdedit.tensorrt import cache, rtx
 from sdedit.tensorrt.library import Library, open_library
 from sdedit.tensorrt.plan import Plan, require_runnable
 
@@ -59,6 +59,7 @@ class TensorRtBackend:
         self._logger = self._library.logger()
         self._runtime: Any = None
         self._engines: dict[int, Any] = {}
+        self._compiled: dict[int, rtx.Kernels] = {}  # of TensorRT-RTX's engines
         self._waiting: list[tuple[tuple[Any, ...], DeviceLoop]] = []
         self._engine(self._plan.profile[0] if self._plan else 1)  # what is wrong with it shows now
 
@@ -116,6 +117,8 @@ class TensorRtBackend:
 
     def _keep(self, key: tuple[Any, ...], loop: DeviceLoop) -> None:
         with self._lock:
+            for compiled in self._compiled.values():
+                compiled.keep()
             self._waiting.append((key, loop))
             oldest = self._waiting.pop(0)[1] if len(self._waiting) > MOST_KEPT else None
         if oldest is not None:
@@ -143,12 +146,20 @@ class TensorRtBackend:
         extra = {
             name: np.full(shape[0], value, self._artifact.extra_inputs[name].dtype) for name, value in values.items()
         }
-        return TensorRtNetwork(self.driver, self._library, self._engine(shape[0]), shape, extra)
+        engine = self._engine(shape[0])
+        with self._lock:
+            compiled = self._compiled.get(self._key(batch))
+            context = engine.create_execution_context(*([] if compiled is None else [compiled.configure(engine)]))
+        return TensorRtNetwork(self.driver, self._library, context, shape, extra)
+
+    def _key(self, batch: int) -> int:
+        """What its engine is found by: a plan that was given serves every batch size."""
+        return 0 if self._plan is not None else batch
 
     def _engine(self, batch: int) -> Any:
         """The deserialised engine that serves this batch size."""
         with self._lock:
-            key = 0 if self._plan is not None else batch
+            key = self._key(batch)
             if key not in self._engines:
                 plan = self._plan or cache.find_or_build(
                     self._artifact, self._library, gpu=self.driver.gpu, batch=(batch,) * 3, say=log.info
@@ -156,6 +167,8 @@ class TensorRtBackend:
                 require_runnable(plan, self._library, self.driver.gpu.compute_capability)
                 with self.driver.current():
                     self._engines[key] = self._deserialize(plan)
+                if self._library.ahead_of_time:
+                    self._compiled[key] = rtx.Kernels(self._library, plan, self.driver.gpu)
             return self._engines[key]
 
     def _deserialize(self, plan: Plan) -> Any:
@@ -209,12 +222,12 @@ class TensorRtNetwork:
         self,
         driver: Driver,
         library: Library,
-        engine: Any,
+        context: Any,
         shape: tuple[int, int, int, int],
         extra: Mapping[str, np.ndarray[Any, Any]],
     ) -> None:
         self._driver = driver
-        self._context = engine.create_execution_context()
+        self._context = context
         if self._context is None:
             raise DeviceError(
                 f"{library.name}: no execution context: its activations do not fit into the GPU's memory",

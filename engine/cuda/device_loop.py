@@ -54,7 +54,7 @@ class DeviceLoop:
         self._elements, self._plane = channels * height * width, height * width
         self._graphs: dict[bytes, Handle] = {}
         self._steps: dict[bytes, Handle] = {}
-        self._captures, self._warm = network.capturable, False
+        self._captures, self._chains, self._warm = network.capturable, True, False
         if self._captures and driver.graphs is None:
             self._give_up_graphs("cuda-bindings is not installed (pip install cuda-bindings)")
         self._edit = np.zeros(1, kernels.EDIT)
@@ -196,11 +196,12 @@ class DeviceLoop:
 
     def _advance(self, count: int) -> None:
         """The next `count` steps, as one graph where that works."""
-        if self._captures:
-            executable = self._graph(count)
+        while count and self._captures:
+            at_once = count if self._chains else 1
+            executable = self._graph(at_once)
             if executable is not None:
                 self._graph_calls.launch(executable, self.stream)
-                return
+                count -= at_once
         for _ in range(count):
             self._step()
 
@@ -218,7 +219,11 @@ class DeviceLoop:
                     self._capture(key)
                 self._graphs[name] = self._graph_calls.chain(self._steps[key], count)
             except SdeditError as error:
-                self._give_up_graphs(f"the step cannot be captured: {error}")
+                if key in self._steps and count > 1:
+                    self._chains = False
+                    self.notes.append(f"every step is a CUDA graph of its own: {error}")
+                else:
+                    self._give_up_graphs(f"the step cannot be captured: {error}")
                 return None
         return self._graphs[name]
 

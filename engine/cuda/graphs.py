@@ -29,6 +29,8 @@ class Graphs:
 
     def chain(self, step: Graph, count: int) -> Executable:
         """`count` times `step`, one after another, ready to launch."""
+        if count == 1:
+            return self._call("cuGraphInstantiate", step, 0)
         whole = self._call("cuGraphCreate", 0)
         try:
             last: list[Any] = []

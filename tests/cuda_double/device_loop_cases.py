@@ -273,7 +273,7 @@ def test_without_capture_steps_are_launched_one_by_one_and_that_is_said(loops):
 
 
 @pytest.mark.parametrize("call", ["cuGraphAddChildGraphNode", "cuGraphInstantiate"])
-def test_a_graph_that_cannot_be_made_is_said_too(loops, call):
+def test_where_several_steps_make_no_graph_each_is_one_and_that_is_said(loops, call):
     shape = (1, *EVEN)
     guide, mask, seeds = inputs(shape, masked=True)
     table = sdedit.plan(VP, t0=0.5, steps=5)
@@ -281,7 +281,23 @@ def test_a_graph_that_cannot_be_made_is_said_too(loops, call):
     double.fail(call, 2)
     x, _ = loop.run(guide, mask, seeds, table)
     np.testing.assert_allclose(x, on_host(guide, mask, seeds, table), rtol=0, atol=1e-6)
-    assert "CUDA_ERROR_OUT_OF_MEMORY" in loop.notes[0]
+    (note,) = loop.notes
+    assert note.startswith("every step is a CUDA graph of its own: ")
+    assert "CUDA_ERROR_OUT_OF_MEMORY" in note
+    assert double.calls.count("cuGraphLaunch") == 5
+
+
+def test_where_no_step_makes_a_graph_that_is_said_too(loops):
+    shape = (1, *EVEN)
+    guide, mask, seeds = inputs(shape, masked=True)
+    table = sdedit.plan(VP, t0=0.5, steps=5)
+    loop = loops(shape)
+    for attempt in (1, 2):
+        double.fail("cuGraphInstantiate", 2, attempt)
+    x, _ = loop.run(guide, mask, seeds, table)
+    np.testing.assert_allclose(x, on_host(guide, mask, seeds, table), rtol=0, atol=1e-6)
+    assert "cuGraphLaunch" not in double.calls
+    assert "steps are launched one by one" in loop.notes[1]
 
 
 def test_a_network_that_cannot_be_captured_runs_all_the_same(loops):

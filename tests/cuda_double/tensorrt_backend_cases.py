@@ -61,6 +61,27 @@ class Context:
         return self.engine.enqueues
 
 
+CONFIGS = []  # of the execution contexts, in order
+
+
+class RuntimeCache:
+    def __init__(self):
+        self.held = b""
+
+    def serialize(self):
+        return self.held or b"compiled here"
+
+    def deserialize(self, data):
+        self.held = data
+
+
+class RuntimeConfig:
+    create_runtime_cache = RuntimeCache
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+
+
 class Engine:
     def __init__(self, told):
         self.told = {"tensors": ["x", "sigma", "denoised"], "type": "FLOAT", "shape": [-1, *SHAPE], **told}
@@ -81,7 +102,11 @@ class Engine:
     def get_tensor_shape(self, name):
         return self.told["shape"]
 
-    def create_execution_context(self):
+    def create_runtime_config(self):
+        return RuntimeConfig()
+
+    def create_execution_context(self, config=None):
+        CONFIGS.append(config)
         return None if self.told.get("memory") == "none" else Context(self)
 
 
@@ -105,9 +130,11 @@ class Stand(Library):
         return kept
 
 
-LIBRARY = Stand("tensorrt", SimpleNamespace(
-    __name__="tensorrt", Runtime=Runtime, TensorIOMode=TensorIOMode, DataType=DataType
-), "10.16.1")  # fmt: skip
+MODULE = SimpleNamespace(
+    __name__="tensorrt", Runtime=Runtime, TensorIOMode=TensorIOMode, DataType=DataType,
+    DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+)  # fmt: skip
+LIBRARY = Stand("tensorrt", MODULE, "10.16.1")
 
 
 @pytest.fixture(autouse=True)
@@ -324,3 +351,25 @@ def test_without_a_driver_the_backend_says_so_and_touches_no_library(monkeypatch
     monkeypatch.setattr(backend, "open_library", lambda name: pytest.fail("opened"))
     with pytest.raises(sdedit.BackendUnavailable, match="tensorrt: CUDA does not start: libcuda was not found"):
         sdedit.load(backend="tensorrt")
+
+
+def test_rtx_compiles_before_it_runs_and_keeps_what_it_compiled(write_plan, monkeypatch, tmp_path):
+    monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(backend, "open_library", lambda name: Stand("tensorrt-rtx", MODULE, "1.7.1"))
+    path = write_plan(library={"name": "tensorrt-rtx", "version": "1.7.1"})
+    CONFIGS.clear()
+    sdedit.load(path).edit(PICTURE)
+    (config,) = CONFIGS
+    assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
+    (kept,) = (tmp_path / "cache" / "rtx-kernels").iterdir()
+    assert kept.read_bytes() == b"compiled here"
+    kept.write_bytes(b"compiled before")
+    sdedit.load(path).edit(PICTURE)
+    assert CONFIGS[1].cache.held == b"compiled before"
+    assert kept.read_bytes() == b"compiled before"
+
+
+def test_tensorrt_itself_is_asked_for_a_plain_context(write_plan):
+    CONFIGS.clear()
+    sdedit.load(write_plan()).edit(PICTURE)
+    assert CONFIGS == [None]
