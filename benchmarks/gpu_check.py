@@ -10,6 +10,7 @@ are not in them. Host time is a clock around the launch.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -18,8 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,16 @@ class Identity:
     """D = x, a copy: nothing but our own kernels computes."""
 
     capturable = True
+    stream: int | None = None
 
     def __init__(self, driver: Driver, shape: tuple[int, int, int, int]) -> None:
         self._driver, self._nbytes = driver, 4 * int(np.prod(shape))
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
         self._x, self._denoised = x, denoised
+
+    def set_conditions(self, values: Mapping[str, float], stream: int) -> None:
+        pass
 
     def enqueue(self, stream: int) -> None:
         self._driver.copy(self._denoised, self._x, self._nbytes, stream)
@@ -133,7 +139,11 @@ def check_sanitizer() -> Row:
     found = []
     for kind in ("memcheck", "racecheck", "initcheck"):
         command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--only-kernels"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            found.append(f"{kind}: more than 5 minutes")
+            continue
         if done.returncode:
             found.append(f"{kind}: {done.stdout.strip().splitlines()[-1:]}")
     return {"check": "compute-sanitizer", "passed": not found, "found": "; ".join(found) or "clean"}
@@ -143,10 +153,12 @@ def check_sanitizer() -> Row:
 
 
 class Silence(Identity):
-    """No network at all: what is left of a step is the fused kernel."""
+    """No network at all: what is left of a step is the fused kernel. D is the guide, copied once."""
 
     def enqueue(self, stream: int) -> None:
-        pass
+        if self._nbytes:
+            super().enqueue(stream)
+        self._nbytes = 0
 
 
 def timed_us(driver: Driver, stream: int, enqueue: Callable[[], Any], count: int) -> dict[str, float]:
@@ -165,21 +177,27 @@ def timed_us(driver: Driver, stream: int, enqueue: Callable[[], Any], count: int
 
 
 def loop_us(driver: Driver, network: DeviceNetwork, shape: tuple[int, int, int, int]) -> Row:
-    """A step of an edit, from the device's side and from the host's."""
+    """A step of an edit: by events around all of them, and by the host's clock around the launch."""
     table, guide = sdedit.plan(SDES["vp"], t0=0.5, steps=STEPS), np.zeros(shape, np.float32)
     loop = DeviceLoop(driver, network, shape)
+    begin, end, device, host = driver.make_event(), driver.make_event(), [], []
     try:
-        device = timed_us(driver, loop.stream, lambda: loop.start(guide, None, [0] * shape[0], table), STEPS)
-        host = []
-        for _ in range(RUNS):
+        for _ in range(RUNS + 3):  # the first ones warm up and capture
+            loop.start(guide, None, [0] * shape[0], table, repeats=0)  # uploads only
+            loop.begin()
             driver.synchronize(loop.stream)
+            driver.record(begin, loop.stream)
             began = time.perf_counter()
-            loop.start(guide, None, [0] * shape[0], table)
+            loop.advance(STEPS)
             host.append(1e6 * (time.perf_counter() - began) / STEPS)
-        driver.synchronize(loop.stream)
-        return {"step_us": device, "host_us_per_step": spread(host), "notes": loop.notes}
+            driver.record(end, loop.stream)
+            driver.wait(end)
+            device.append(1e3 * driver.elapsed_ms(begin, end) / STEPS)
+        return {"step_us": spread(device[3:]), "host_us_per_step": spread(host[3:]), "notes": loop.notes}
     finally:
         loop.close()
+        driver.free_event(begin)
+        driver.free_event(end)
 
 
 def network_us(driver: Driver, network: DeviceNetwork, shape: tuple[int, int, int, int]) -> dict[str, float]:
@@ -231,12 +249,13 @@ def product_rows(driver: Driver, models: list[Path | None]) -> Iterator[Row]:
         for name in GPU_BACKENDS:
             label = f"{model.name if model else 'bundled'} on {name}"
             try:
-                backend: Any = sdedit.load(model, backend=name).backend.on_gpu()
-                artifact = sdedit.load(model, backend=name).artifact
+                editor = sdedit.load(model, backend=name)
+                backend, artifact = editor.backend.on_gpu(), editor.artifact
                 shape = (1, artifact.channels, artifact.height, artifact.width)
-                yield row_of(driver, label, lambda b=backend: b.network(1, {}), shape)  # type: ignore[misc]
-            except sdedit.SdeditError as error:
-                yield {"network": label, "skipped": str(error)}
+                row = row_of(driver, label, partial(backend.network, 1), shape)
+            except Exception as error:  # one row must not cost the others
+                row = {"network": label, "skipped": str(error) or type(error).__name__}
+            yield row
 
 
 def torch_rows(driver: Driver) -> Iterator[Row]:
@@ -255,6 +274,7 @@ def torch_rows(driver: Driver) -> Iterator[Row]:
 
     class Torch:
         capturable = True
+        stream: int | None = None
 
         def __init__(self, net: Any, shape: tuple[int, int, int, int], kind: Any) -> None:
             self._net, self._shape, self._kind = net, shape, kind
@@ -266,6 +286,9 @@ def torch_rows(driver: Driver) -> Iterator[Row]:
 
             self._x, self._denoised = view(x, self._shape), view(denoised, self._shape)
             self._sigma = view(sigma, self._shape[:1])
+
+        def set_conditions(self, values: Mapping[str, float], stream: int) -> None:
+            pass
 
         @torch.inference_mode()
         def enqueue(self, stream: int) -> None:
@@ -284,7 +307,10 @@ def torch_rows(driver: Driver) -> Iterator[Row]:
         for kind in (torch.float32, torch.float16):
             net = net.to("cuda", kind).to(memory_format=torch.channels_last)
             label = f"{name}, torch {str(kind).removeprefix('torch.')}"
-            yield row_of(driver, label, lambda n=net, s=shape, k=kind: Torch(n, s, k), shape)  # type: ignore[misc]
+            try:
+                yield row_of(driver, label, partial(Torch, net, shape, kind), shape)
+            except Exception as error:  # one row must not cost the others
+                yield {"network": label, "skipped": str(error)}
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -307,23 +333,25 @@ def conditions(driver: Driver) -> Row:
     }  # fmt: skip
 
 
-def show(rows: list[Row], checks: list[Row]) -> None:
-    for check in checks:
-        word = {True: "passed", False: "FAILED", None: "skipped"}[check["passed"]]
-        print(f"{check['check']:<20}{word:<9}{check['found']}")
-    columns = ("network", "network µs", "fused µs", "gaps µs", "outside", "host µs/step", "MiB")
-    print(f"\n{columns[0]:<42}" + "".join(f"{name:>14}" for name in columns[1:]))
-    for row in rows:
-        if "skipped" in row:
-            print(f"{row['network']:<42}  skipped: {row['skipped']}")
-            continue
-        print(
-            f"{row['network']:<42}{row['network_us']['median']:>14.1f}{row['fused_kernel_us']['median']:>14.2f}"
-            f"{row['gaps_us']:>14.2f}{row['outside_share']:>14.2%}{row['host_us_per_step']['median']:>14.2f}"
-            f"{row['process_mib'] or '-':>14}"
-        )
-        for note in row["notes"]:
-            print(f"    {note}")
+def show_check(check: Row) -> Row:
+    word = {True: "passed", False: "FAILED", None: "skipped"}[check["passed"]]
+    print(f"{check['check']:<20}{word:<9}{check['found']}", flush=True)
+    return check
+
+
+def show_row(row: Row) -> Row:
+    if "skipped" in row:
+        print(f"{row['network']:<42}  skipped: {row['skipped']}", flush=True)
+        return row
+    print(
+        f"{row['network']:<42}{row['network_us']['median']:>14.1f}{row['fused_kernel_us']['median']:>14.2f}"
+        f"{row['gaps_us']:>14.2f}{row['outside_share']:>14.2%}{row['host_us_per_step']['median']:>14.2f}"
+        f"{row['process_mib'] or '-':>14}",
+        flush=True,
+    )
+    for note in row["notes"]:
+        print(f"    {note}", flush=True)
+    return row
 
 
 def main() -> int:
@@ -338,13 +366,15 @@ def main() -> int:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         return 1
     with driver.current():
-        checks = [check(driver) for check in (check_normals, check_against_host, check_captured)]
+        checks = [show_check(check(driver)) for check in (check_normals, check_against_host, check_captured)]
         rows: list[Row] = []
         if not arguments.only_kernels:
-            checks.append(check_sanitizer())
-            rows = [*product_rows(driver, [None, *arguments.models]), *torch_rows(driver)]
+            checks.append(show_check(check_sanitizer()))
+            columns = ("network µs", "fused µs", "gaps µs", "outside", "host µs/step", "MiB")
+            print(f"\n{'network':<42}" + "".join(f"{name:>14}" for name in columns))
+            found = itertools.chain(product_rows(driver, [None, *arguments.models]), torch_rows(driver))
+            rows = [show_row(row) for row in found]
         result = {"conditions": conditions(driver), "checks": checks, "steps": rows}
-    show(rows, checks)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     return 1 if any(check["passed"] is False for check in checks) else 0

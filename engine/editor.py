@@ -193,13 +193,13 @@ class Editor:
         return EditResult(results, chosen, timings, notes)
 
     def edit_tensor(self, guide: Any, *, mask: Any = None, stream: Any = None, **options: Any) -> "GpuTensor":
-        """Edit a batch that lies on the GPU; nothing passes through the host.
+        """Edit a batch that lies on the GPU; no picture passes through the host.
 
         guide: float32 (B, C, H, W) in [-1, 1] at the model's size, mask: float32 (B, 1, H, W) in [0, 1], 1 = repaint;
         any library's tensors with `__cuda_array_interface__` or `__dlpack__`. options: t0, steps, sampler, eta, seed
-        (image j has seed + j), repeats, conditions. stream: a CUDA stream to enqueue everything on: then nothing is
-        waited for, guide and mask must stay as they are until the stream has passed, and NaN is not looked for.
-        Without one, the guide must be ready, and the result is. Returns float32 (B, C, H, W), unclipped, which has both
+        (image j has seed + j), repeats, conditions. stream: the CUDA stream that guide and mask are written on and the
+        result is read on: the edit is enqueued in its order, without waiting for the result and without looking for
+        NaN in it. Without one, the result is finished. Returns float32 (B, C, H, W), unclipped, which has both
         protocols too. Raises OptionError (not a GPU backend, unknown options), ImageError (the tensors), DeviceError,
         NetworkError.
         """

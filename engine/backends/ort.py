@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
 from sdedit.backends import condition_values
-from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, OptionError
+from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, OptionError, SdeditError
 from sdedit.executor import HostExecutor, Lease
 from sdedit.loop import Array, Denoiser
 
@@ -75,7 +75,9 @@ class OrtBackend:
         self.provider_options: Mapping[str, str] = {}
         self._artifact = artifact
         try:
-            self._session = self._open({})
+            self._session = self._open()
+        except SdeditError:
+            raise
         except Exception as error:  # onnxruntime raises its own kinds, and RuntimeError
             raise ArtifactError(
                 f"{artifact.path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}",
@@ -92,16 +94,18 @@ class OrtBackend:
     def on_gpu(self) -> "GpuBackend":
         raise OptionError(f"{self.name} has no tensors on a GPU", hint="open the model with backend='tensorrt'")
 
-    def _open(self, told: Mapping[str, str]) -> Any:
-        """The session, its provider told this much."""
+    def _open(self) -> Any:
+        """The session. Raises whatever ONNX Runtime raises."""
+        return self._session_with([(self.provider, {})])
+
+    def _session_with(self, providers: list[tuple[str, dict[str, str]]]) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        chosen = [(self.provider, dict(told))]
-        return onnxruntime.InferenceSession(_source(self._artifact), options, providers=chosen, enable_fallback=0)
+        return onnxruntime.InferenceSession(_source(self._artifact), options, providers=providers, enable_fallback=0)
 
     def _shape(self, batch: int, size: tuple[int, int] | None) -> tuple[int, int, int, int]:
         width, height = self._artifact.frame(size)

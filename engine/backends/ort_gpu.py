@@ -3,9 +3,10 @@
 import contextlib
 import ctypes
 import io
+import itertools
 import logging
+import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -15,20 +16,24 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sdedit.artifact import Artifact
+from sdedit.artifact import Artifact, ExtraInput
+from sdedit.backends import condition_values
 from sdedit.backends.ort import OrtBackend
 from sdedit.cuda.device_loop import DeviceLoop, DeviceNetwork
-from sdedit.cuda.driver import Driver, no_library, open_driver
-from sdedit.errors import BackendUnavailable, NetworkError, OptionError
+from sdedit.cuda.driver import Driver, open_driver, require_library
+from sdedit.cuda.kernels import require_kernels
+from sdedit.cuda.pool import LoopPool
+from sdedit.errors import BackendUnavailable, NetworkError, OptionError, SdeditError
 from sdedit.executor import DeviceExecutor, Executor, HostExecutor
+from sdedit.loop import Denoiser
 from sdedit.tensorrt import cache
 
 if TYPE_CHECKING:
     from sdedit.cuda.tensor_edit import GpuBackend
 
 log = logging.getLogger(__name__)
+graph_numbers = itertools.count(1)  # ONNX Runtime tells its own CUDA graphs apart by them
 
 
 def require_libraries(name: str) -> None:
@@ -39,10 +44,9 @@ def require_libraries(name: str) -> None:
     import onnxruntime
 
     try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError as error:
-        raised = no_library(error)
-        raise BackendUnavailable(f"{name}: {raised}", hint=raised.hint) from error
+        require_library()
+    except BackendUnavailable as error:
+        raise BackendUnavailable(f"{name}: {error}", hint=error.hint) from error
     if hasattr(onnxruntime, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             onnxruntime.preload_dlls(directory="")  # what it cannot find is found missing below
@@ -57,27 +61,33 @@ def require_libraries(name: str) -> None:
 
 
 def missing_library(name: str) -> str | None:
-    """What the system's loader says of the provider's library; None where it loads."""
+    """What the system's loader says of the first of NVIDIA's libraries that the provider links; None if all load.
+
+    The provider itself is not loaded: it may only be by ONNX Runtime.
+    """
+    for library in linked_libraries("tensorrt" if name == "ort-tensorrt" else "cuda"):
+        try:
+            ctypes.CDLL(library)
+        except OSError as error:
+            return str(error)
+    return None
+
+
+def linked_libraries(kind: str) -> list[str]:
+    """NVIDIA's libraries that this ONNX Runtime's provider of a kind ("cuda", "tensorrt") names; [] off Linux."""
     import onnxruntime
 
-    folder = Path(onnxruntime.__file__).parent / "capi"
-    kind = "tensorrt" if name == "ort-tensorrt" else "cuda"
-    pattern = "onnxruntime_providers_{}.dll" if sys.platform == "win32" else "libonnxruntime_providers_{}.so"
-    try:
-        ctypes.CDLL(str(folder / pattern.format("shared")), mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(folder / pattern.format(kind)))
-    except OSError as error:
-        return str(error)
-    return None
+    provider = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{kind}.so"
+    if not provider.is_file():
+        return []
+    names = re.findall(rb"\0(lib(?:cu|nv)\w+\.so\.\d+)(?=\0)", provider.read_bytes())
+    return list(dict.fromkeys(name.decode() for name in names))
 
 
 def wanted_tensorrt() -> str | None:
     """The major version of TensorRT that this ONNX Runtime's provider was linked with; None where it has none."""
-    import onnxruntime
-
-    library = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
-    linked = re.search(rb"libnvinfer\.so\.(\d+)", library.read_bytes()) if library.is_file() else None
-    return linked[1].decode() if linked else None
+    linked = (re.fullmatch(r"libnvinfer\.so\.(\d+)", library) for library in linked_libraries("tensorrt"))
+    return next((found[1] for found in linked if found), None)
 
 
 class OrtGpuBackend(OrtBackend):
@@ -89,42 +99,50 @@ class OrtGpuBackend(OrtBackend):
         self._given = dict(provider_options or {})
         self._driver: Driver | None = None
         self._stream: int | None = None
-        self._lock = Lock()
+        self._lock = Lock()  # the session has one stream: one edit at a time
         try:
             self._driver = open_driver()
         except BackendUnavailable as error:
             log.info("%s: tensors are copied at every step: %s; fix: %s", name, error, error.hint)
         else:
+            require_kernels(self._driver, name)
             with self._driver.current():
                 self._stream = self._driver.make_stream()  # for the life of the session
         super().__init__(artifact, name, threads=1)
         self.provider_options = self._given
+        self._pool = LoopPool()
         if self._driver is not None:
             self.versions = {**self.versions, **self._driver.versions}
 
-    def _open(self, told: Mapping[str, str]) -> Any:
+    def _open(self) -> Any:
         import onnxruntime
 
-        onnxruntime.set_default_logger_severity(4)  # what it would log is in the error below
-        told = self._provider_defaults() | self._given
+        if os.environ.get("SDEDIT_DEBUG") != "1":
+            onnxruntime.set_default_logger_severity(4)
+        stream = {} if self._stream is None else {"user_compute_stream": str(self._stream)}
+        cuda = ("CUDAExecutionProvider", {"use_tf32": "0", **stream})  # float32 means float32
+        providers = [(cuda[0], cuda[1] | self._given)]
+        if self.name == "ort-tensorrt":
+            folder = cache.folder().with_name("ort-tensorrt")
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(folder), **stream}
+            providers = [(self.provider, kept | self._given), cuda]  # what TensorRT does not take stays on the GPU
         try:
-            session = super()._open(told)
+            session = self._session_with(providers)
         except Exception as error:  # onnxruntime raises its own kinds, and RuntimeError
             raise BackendUnavailable(
                 f"{self.name}: {str(error).splitlines()[0]}", hint="'sdedit doctor' says what works"
             ) from error
         if session.get_providers()[0] != self.provider:
-            raise BackendUnavailable(f"{self.name}: {self.provider} did not come up", hint="SDEDIT_DEBUG=1 shows why")
+            raise BackendUnavailable(
+                f"{self.name}: ONNX Runtime does not bring up {self.provider}",
+                hint="pip install 'sdedit-engine[cuda]'; with SDEDIT_DEBUG=1 it logs why",
+            )
         return session
 
-    def _provider_defaults(self) -> dict[str, str]:
-        stream = {} if self._stream is None else {"user_compute_stream": str(self._stream)}
-        if self.name == "ort-cuda":
-            return {"use_tf32": "0", **stream}  # float32 means float32
-        folder = cache.folder().with_name("ort-tensorrt")
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
-        return kept | ({"has_user_compute_stream": "1", **stream} if stream else {})
+    def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
+        with self._lock:
+            return super().bind(batch, conditions, size)
 
     @contextmanager
     def executor(
@@ -133,29 +151,22 @@ class OrtGpuBackend(OrtBackend):
         if self._driver is None:
             yield HostExecutor(self.bind(batch, conditions, size))
             return
-        with self._driver.current(), self.device_loop(batch, conditions, self._stream, size) as loop:
+        with self._driver.current(), self.device_loop(batch, conditions, size) as loop:
             yield DeviceExecutor(loop)
 
     @contextmanager
     def device_loop(
-        self, batch: int, conditions: Mapping[str, float], stream: int | None, size: tuple[int, int] | None = None
+        self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None
     ) -> Iterator[DeviceLoop]:
         """A loop for batches of this size, for the length of a `with` block. Wants the context current."""
-        if stream not in (None, self._stream):
-            raise OptionError(f"{self.name} runs on a stream of its own", hint="leave the stream out, or use tensorrt")
-        shape = self._shape(batch, size)
-        with self._lock:  # the session has one stream
-            loop = DeviceLoop(self.driver, self.network(batch, conditions, size), shape, stream=self._stream)
-            try:
-                yield loop
-            finally:
-                loop.close()
+        shape, values = self._shape(batch, size), condition_values(self._artifact, conditions)
+        with self._lock, self._pool.lease(shape, self._make_loop) as loop:
+            loop.network.set_conditions(values, loop.stream)
+            yield loop
 
-    def network(
-        self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None
-    ) -> DeviceNetwork:
+    def network(self, batch: int) -> DeviceNetwork:
         """The network by itself, for batches of this size."""
-        return OrtDeviceNetwork(self._session, self._shape(batch, size), self._extra(batch, conditions))
+        return self._network(self._shape(batch, None))
 
     def on_gpu(self) -> "GpuBackend":
         if self._driver is None:
@@ -168,6 +179,24 @@ class OrtGpuBackend(OrtBackend):
         assert self._driver is not None
         return self._driver
 
+    def close(self) -> None:
+        """Free what waits for another edit."""
+        if self._driver is not None:
+            with self._driver.current():
+                self._pool.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pool"):
+            with suppress(SdeditError):
+                self.close()
+
+    def _network(self, shape: tuple[int, int, int, int]) -> DeviceNetwork:
+        assert self._stream is not None
+        return OrtDeviceNetwork(self._session, shape, self._artifact.extra_inputs, self._stream)
+
+    def _make_loop(self, shape: tuple[int, int, int, int]) -> DeviceLoop:
+        return DeviceLoop(self.driver, self._network(shape), shape)
+
 
 class OrtDeviceNetwork:
     """A session bound to tensors on the GPU, on the stream it was made with. See device_loop.DeviceNetwork.
@@ -178,22 +207,29 @@ class OrtDeviceNetwork:
 
     capturable = False
 
-    def __init__(self, session: Any, shape: tuple[int, int, int, int], extra: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(
+        self, session: Any, shape: tuple[int, int, int, int], extra: Mapping[str, ExtraInput], stream: int
+    ) -> None:
         import onnxruntime
 
-        self._session, self._shape = session, shape
+        self.stream: int | None = stream
+        self._session, self._shape, self._declared = session, shape, extra
         self._binding = session.io_binding()
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        for name, values in extra.items():
-            self._binding.bind_cpu_input(name, values)
+        self._options.add_run_config_entry("gpu_graph_id", str(next(graph_numbers)))
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
         self._binding.bind_input("x", "cuda", 0, np.float32, self._shape, x)
         self._binding.bind_input("sigma", "cuda", 0, np.float32, self._shape[:1], sigma)
         self._binding.bind_output("denoised", "cuda", 0, np.float32, self._shape, denoised)
 
+    def set_conditions(self, values: Mapping[str, float], stream: int) -> None:
+        for name, value in values.items():
+            self._binding.bind_cpu_input(name, np.full(self._shape[0], value, self._declared[name].dtype))
+
     def enqueue(self, stream: int) -> None:
+        assert stream == self.stream
         try:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # onnxruntime raises its own kinds

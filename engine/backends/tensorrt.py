@@ -2,18 +2,20 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdedit.artifact import Artifact
+from sdedit.artifact import Artifact, ExtraInput
 from sdedit.backends import condition_values
 from sdedit.cuda.denoiser import DeviceDenoiser
 from sdedit.cuda.device_loop import DeviceLoop, DeviceNetwork
-from sdedit.cuda.driver import Driver, open_driver
-from sdedit.errors import ArtifactError, BackendUnavailable, DeviceError, NetworkError, OptionError
+from sdedit.cuda.driver import Driver, Pinned, open_driver
+from sdedit.cuda.kernels import require_kernels
+from sdedit.cuda.pool import LoopPool
+from sdedit.errors import ArtifactError, BackendUnavailable, DeviceError, NetworkError, OptionError, SdeditError
 from sdedit.executor import DeviceExecutor, Executor
 from sdedit.loop import Denoiser
 from sdedit.tensorrt import cache, rtx
@@ -22,8 +24,6 @@ from sdedit.tensorrt.plan import Plan, require_runnable
 
 if TYPE_CHECKING:
     from sdedit.cuda.tensor_edit import GpuBackend
-
-MOST_KEPT = 4  # bound loops that wait for the next edit of their shape
 
 log = logging.getLogger(__name__)
 
@@ -55,74 +55,55 @@ class TensorRtBackend:
         gpu = self.driver.gpu
         self.provider = f"{self._library.module.__name__} on {gpu.name}, CUDA {gpu.driver}, {self.driver.name}"
         self.versions: Mapping[str, str] = {name: self._library.version, **self.driver.versions}
-        self._lock = Lock()
-        self._logger = self._library.logger()
+        self._lock = Lock()  # of the engines
         self._runtime: Any = None
         self._engines: dict[int, Any] = {}
         self._compiled: dict[int, rtx.Kernels] = {}  # of TensorRT-RTX's engines
-        self._waiting: list[tuple[tuple[Any, ...], DeviceLoop]] = []
+        self._logger = self._library.logger()
+        self._pool = LoopPool()
+        require_kernels(self.driver, name)
         self._engine(self._plan.profile[0] if self._plan else 1)  # what is wrong with it shows now
 
     def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
-        shape = self._shape(batch, size)
+        shape, values = self._shape(batch, size), condition_values(self._artifact, conditions)
         with self.driver.current():
-            network = self.network(shape[0], conditions)
-        return DeviceDenoiser(self.driver, network, shape)
+            denoiser = DeviceDenoiser(self.driver, self.network(batch), shape)
+            denoiser.set_conditions(values)
+        return denoiser
 
     @contextmanager
     def executor(
         self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None
     ) -> Iterator[Executor]:
         self._shape(batch, size)
-        with self.driver.current(), self.device_loop(batch, conditions, None) as loop:
+        with self.driver.current(), self.device_loop(batch, conditions) as loop:
             yield DeviceExecutor(loop)
 
     @contextmanager
-    def device_loop(self, batch: int, conditions: Mapping[str, float], stream: int | None) -> Iterator[DeviceLoop]:
+    def device_loop(self, batch: int, conditions: Mapping[str, float]) -> Iterator[DeviceLoop]:
         """A loop for batches of this size, for the length of a `with` block. Wants the context current."""
         shape, values = self._shape(batch, None), condition_values(self._artifact, conditions)
-        key = (shape, stream, *sorted(values.items()))
-        loop = self._take(key) or DeviceLoop(self.driver, self.network(shape[0], conditions), shape, stream=stream)
-        try:
+        with self._pool.lease(shape, self._make_loop) as loop:
+            loop.network.set_conditions(values, loop.stream)
             yield loop
-        except BaseException:  # what failed is not used again
-            with suppress(DeviceError):
-                loop.close()
-            raise
-        self._keep(key, loop)
 
     def on_gpu(self) -> "GpuBackend":
         return self
 
     def close(self) -> None:
-        """Free what waits for another edit."""
-        with self._lock:
-            loops, self._waiting = [loop for _, loop in self._waiting], []
+        """Free what waits for another edit, and keep the kernels that TensorRT-RTX has compiled."""
         with self.driver.current():
-            for loop in loops:
-                loop.close()
+            self._pool.close()
+        for compiled in self._compiled.values():
+            compiled.keep()
 
     def __del__(self) -> None:
-        if hasattr(self, "_waiting"):
-            with suppress(DeviceError):
+        if hasattr(self, "_pool"):
+            with suppress(SdeditError):
                 self.close()
 
-    def _take(self, key: tuple[Any, ...]) -> DeviceLoop | None:
-        with self._lock:
-            for entry in self._waiting:
-                if entry[0] == key:
-                    self._waiting.remove(entry)
-                    return entry[1]
-        return None
-
-    def _keep(self, key: tuple[Any, ...], loop: DeviceLoop) -> None:
-        with self._lock:
-            for compiled in self._compiled.values():
-                compiled.keep()
-            self._waiting.append((key, loop))
-            oldest = self._waiting.pop(0)[1] if len(self._waiting) > MOST_KEPT else None
-        if oldest is not None:
-            oldest.close()
+    def _make_loop(self, shape: tuple[int, int, int, int]) -> DeviceLoop:
+        return DeviceLoop(self.driver, self.network(shape[0]), shape)
 
     def _shape(self, batch: int, size: tuple[int, int] | None) -> tuple[int, int, int, int]:
         width, height = self._artifact.frame(size)
@@ -140,17 +121,19 @@ class TensorRtBackend:
                 )
         return batch, self._artifact.channels, height, width
 
-    def network(self, batch: int, conditions: Mapping[str, float]) -> DeviceNetwork:
+    def network(self, batch: int) -> DeviceNetwork:
         """The network by itself, for batches of this size. Wants the context current."""
-        shape, values = self._shape(batch, None), condition_values(self._artifact, conditions)
-        extra = {
-            name: np.full(shape[0], value, self._artifact.extra_inputs[name].dtype) for name, value in values.items()
-        }
-        engine = self._engine(shape[0])
+        shape = self._shape(batch, None)
+        engine = self._engine(batch)
+        compiled = self._compiled.get(self._key(batch))
         with self._lock:
-            compiled = self._compiled.get(self._key(batch))
             context = engine.create_execution_context(*([] if compiled is None else [compiled.configure(engine)]))
-        return TensorRtNetwork(self.driver, self._library, context, shape, extra)
+        if context is None:
+            raise DeviceError(
+                f"{self.name} makes no execution context: {self._logger.last_error() or 'it does not say why'}",
+                hint="if the GPU's memory is full: a smaller --batch, or free it ('nvidia-smi' shows who has it)",
+            )
+        return TensorRtNetwork(self.driver, self._library, context, shape, self._artifact.extra_inputs)
 
     def _key(self, batch: int) -> int:
         """What its engine is found by: a plan that was given serves every batch size."""
@@ -216,6 +199,7 @@ def require_tensors(library: Library, engine: Any, plan: Plan) -> None:
 class TensorRtNetwork:
     """One execution context with its own activations. See sdedit.cuda.device_loop.DeviceNetwork."""
 
+    stream: int | None = None
     capturable = True
 
     def __init__(
@@ -224,29 +208,41 @@ class TensorRtNetwork:
         library: Library,
         context: Any,
         shape: tuple[int, int, int, int],
-        extra: Mapping[str, np.ndarray[Any, Any]],
+        extra: Mapping[str, ExtraInput],
     ) -> None:
-        self._driver = driver
-        self._context = context
-        if self._context is None:
-            raise DeviceError(
-                f"{library.name}: no execution context: its activations do not fit into the GPU's memory",
-                hint="use a smaller --batch, or free the GPU",
-            )
-        self._inputs = {"x": shape, "sigma": shape[:1]} | {name: values.shape for name, values in extra.items()}
-        self._extra: list[int] = []
-        for name, dimensions in self._inputs.items():
-            if not self._context.set_input_shape(name, dimensions):
+        self._driver, self._context, self._batch = driver, context, shape[0]
+        self._values: dict[str, float] = {}
+        self._extra: dict[str, tuple[int, Pinned, str]] = {}  # device, host, element type
+        inputs: dict[str, tuple[int, ...]] = {"x": shape, "sigma": shape[:1]} | dict.fromkeys(extra, shape[:1])
+        for name, dimensions in inputs.items():
+            if not context.set_input_shape(name, dimensions):
                 raise DeviceError(
                     f"{library.name}: the plan does not take {name} of shape {dimensions}",
                     hint="'sdedit inspect MODEL.plan' shows its profile; 'sdedit build --batch' makes another",
                 )
-        for name, values in extra.items():
-            self._set_address(name, self._upload(values))
+        with ExitStack() as held:
+            for name, declared in extra.items():
+                nbytes = self._batch * np.dtype(declared.dtype).itemsize
+                pointer, memory = driver.allocate(nbytes), driver.allocate_pinned(nbytes)
+                held.callback(driver.free, pointer)
+                held.callback(driver.free_pinned, memory)
+                self._extra[name] = pointer, memory, declared.dtype
+                self._set_address(name, pointer)
+            self._held = held.pop_all()
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
         for name, address in (("x", x), ("sigma", sigma), ("denoised", denoised)):
             self._set_address(name, address)
+
+    def set_conditions(self, values: Mapping[str, float], stream: int) -> None:
+        if values == self._values:
+            return
+        for name, value in values.items():
+            pointer, memory, kind = self._extra[name]
+            memory.view(kind)[:] = value
+            self._driver.upload(pointer, memory, stream)
+        self._driver.synchronize(stream)
+        self._values = dict(values)
 
     def enqueue(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):
@@ -254,22 +250,8 @@ class TensorRtNetwork:
 
     def close(self) -> None:
         self._context = None
-        for pointer in self._extra:
-            self._driver.free(pointer)
-        self._extra = []
+        self._held.close()
 
     def _set_address(self, name: str, address: int) -> None:
         if not self._context.set_tensor_address(name, address):
             raise DeviceError(f"TensorRT does not take an address for {name}", hint="'sdedit build' the plan again")
-
-    def _upload(self, values: "np.ndarray[Any, Any]") -> int:
-        pointer = self._driver.allocate(values.nbytes)
-        self._extra.append(pointer)
-        pinned = self._driver.allocate_pinned(values.nbytes)
-        pinned[:] = values.view(np.uint8)
-        stream = self._driver.make_stream()
-        self._driver.upload(pointer, pinned, stream)
-        self._driver.synchronize(stream)
-        self._driver.free_stream(stream)
-        self._driver.free_pinned(pinned)
-        return pointer

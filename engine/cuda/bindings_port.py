@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdedit.cuda.driver import Gpu, Handle, Pinned, driver_text, failed, no_library, unavailable
+from sdedit.cuda.driver import Gpu, Handle, Pinned, driver_text, failed, require_library, unavailable
 from sdedit.cuda.graphs import Graphs
 
 
@@ -23,7 +23,10 @@ class Calls:
 
     def __call__(self, name: str, *arguments: Any, error: Callable[..., Exception] = failed) -> Any:
         """The value of one driver call. Raises what `error` makes of the call's name and its result."""
-        result, *values = getattr(self.cu, name)(*arguments)
+        try:
+            result, *values = getattr(self.cu, name)(*arguments)
+        except RuntimeError as raised:  # the bindings' own, where the driver lacks the call; or there is no driver
+            raise error(name, "CUDA_ERROR_NOT_FOUND", str(raised)) from raised
         if result != self.cu.CUresult.CUDA_SUCCESS:
             text = self.cu.cuGetErrorString(result)[1]
             raise error(name, result.name, text.decode() if text else "unknown error")
@@ -31,22 +34,19 @@ class Calls:
 
 
 def open_port() -> "BindingsPort":
-    """CUDA on the current context's device, else the first. Raises BackendUnavailable, ImportError."""
+    """CUDA on the first device. Raises BackendUnavailable, ImportError."""
+    require_library()
     call = Calls()
-    try:
-        call("cuInit", 0, error=unavailable)
-    except RuntimeError as error:  # the bindings' own, where there is no libcuda
-        raise no_library(error) from error
+    call("cuInit", 0, error=unavailable)
     if call("cuDeviceGetCount", error=unavailable) == 0:
         raise unavailable("cuDeviceGetCount", "CUDA_ERROR_NO_DEVICE", "no GPU")
-    return BindingsPort(call, call("cuCtxGetDevice") if int(call("cuCtxGetCurrent")) else call("cuDeviceGet", 0))
+    return BindingsPort(call, call("cuDeviceGet", 0))
 
 
 class BindingsPort:
     """See sdedit.cuda.driver.Driver."""
 
     name = "cuda-core"
-    takes_any_stream = True
 
     def __init__(self, call: Calls, device: Any) -> None:
         self._call = call

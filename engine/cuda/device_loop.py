@@ -5,8 +5,9 @@ with nothing to wait for in between; the result comes down once. After one evalu
 and as many copies of it as there are steps are replayed with one launch.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from sdedit.cuda import kernels
 from sdedit.cuda.driver import Driver, Handle
-from sdedit.errors import Cancelled, DeviceError, SdeditError
+from sdedit.errors import Cancelled, DeviceError, OptionError, SdeditError
 from sdedit.image import Pixels
 from sdedit.loop import Array, OnStep, Step, not_finite
 from sdedit.schedule import StepTable
@@ -27,9 +28,14 @@ class DeviceNetwork(Protocol):
     """A score network whose tensors live on the GPU. Wants the context current."""
 
     capturable: bool  # whether `enqueue` may be recorded in a CUDA graph
+    stream: int | None  # the one that it runs on; None where any will do
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
         """The addresses of x (B, C, H, W), sigma (B,) and D (B, C, H, W), all float32, for every later call."""
+        ...
+
+    def set_conditions(self, values: Mapping[str, float], stream: int) -> None:
+        """The values of its further inputs, for what is enqueued on the stream from here on."""
         ...
 
     def enqueue(self, stream: int) -> None:
@@ -42,15 +48,14 @@ class DeviceNetwork(Protocol):
 class DeviceLoop:
     """Edits batches of one shape (B, C, H, W). Everything is allocated here, once. Not thread-safe.
 
-    stream: the caller's CUDA stream, or None for one of its own. Raises DeviceError.
+    It runs on a stream of its own, or on the network's. Every method wants the context current and raises DeviceError.
     """
 
-    def __init__(
-        self, driver: Driver, network: DeviceNetwork, shape: tuple[int, int, int, int], *, stream: int | None = None
-    ) -> None:
+    def __init__(self, driver: Driver, network: DeviceNetwork, shape: tuple[int, int, int, int]) -> None:
         batch, channels, height, width = shape
         self.shape, self.notes = shape, list[str]()
-        self._driver, self._network = driver, network
+        self.network = network
+        self._driver, self._reads = driver, 0  # how many `on_step` calls have begun
         self._elements, self._plane = channels * height * width, height * width
         self._graphs: dict[bytes, Handle] = {}
         self._steps: dict[bytes, Handle] = {}
@@ -65,8 +70,8 @@ class DeviceLoop:
             self._held.callback(network.close)
             self._kernels = kernels.Kernels(driver)
             self._held.callback(self._kernels.close)
-            self.stream = driver.make_stream() if stream is None else stream
-            if stream is None:
+            self.stream = driver.make_stream() if network.stream is None else network.stream
+            if network.stream is None:
                 self._held.callback(driver.free_stream, self.stream)
             self._uploaded = driver.make_event()
             self._held.callback(driver.free_event, self._uploaded)
@@ -109,8 +114,7 @@ class DeviceLoop:
         """One edit of the whole batch: (x (B, C, H, W), pixels (B, H, W, C)), valid until the next call.
 
         guide: (B, C, H, W) in [-1, 1]; mask: (B, 1, H, W) in [0, 1], 1 = repaint, or None; either may be the address
-        of such an array on the GPU. Raises NetworkError, Cancelled, DeviceError; wants the context current, as every
-        method does.
+        of such an array on the GPU, of float32. Raises NetworkError, Cancelled.
         """
         self.start(guide, mask, seeds, table, repeats=repeats, on_step=on_step)
         self._launch(self._kernels.pixels, kernels.pixel_grid(self._plane, self.shape[0]), self._edit)
@@ -129,14 +133,17 @@ class DeviceLoop:
         repeats: int = 1,
         on_step: OnStep | None = None,
     ) -> int:
-        """Enqueue the edit; without `on_step` nothing is waited for. The address that x will have its result at."""
+        """Enqueue the edit. Without `on_step`, only the uploads of this loop's last edit are waited for.
+
+        Returns the address that x will have its result at.
+        """
         self._prepare(guide, mask, seeds, table)
         for repeat in range(repeats):
-            self._launch(self._kernels.start, kernels.grid(self._elements, self.shape[0]), self._edit)
+            self.begin()
             done = 0
             while done < table.steps:
                 count = 1 if on_step is not None else min(table.steps - done, MOST_STEPS_A_GRAPH)
-                self._advance(count)
+                self.advance(count)
                 done += count
                 if on_step is not None:
                     self._report(on_step, done, table, repeat)
@@ -158,6 +165,11 @@ class DeviceLoop:
         self._host = {}
         self._held.close()
 
+    @property
+    def nbytes(self) -> int:
+        """Of x."""
+        return 4 * self.shape[0] * self._elements
+
     # --- before the steps ------------------------------------------------------------------------------------------
 
     def _prepare(self, guide: Array | int, mask: Array | int | None, seeds: Sequence[int], table: StepTable) -> None:
@@ -174,28 +186,33 @@ class DeviceLoop:
         self._host["state"][:] = 0
         for name in ("seeds", "state"):
             self._driver.upload(int(self._edit[name][0]), self._host[name], self.stream)
-        if not isinstance(guide, int):
-            self._host["guide"][:] = guide
-            self._driver.upload(self._guide, self._host["guide"], self.stream)
-            guide = self._guide
-        if mask is not None and not isinstance(mask, int):
-            self._host["mask"][:] = mask.reshape(self._host["mask"].shape)
-            self._driver.upload(self._mask, self._host["mask"], self.stream)
-            mask = self._mask
+        self._send("guide", guide, self._guide)
+        if mask is not None:
+            self._send("mask", mask, self._mask)
         self._driver.record(self._uploaded, self.stream)
         two_step = bool(table.column("d").any())
         self._fill(
-            steps=table.steps, tables=len(rows), table=self._table, guide=guide,
-            mask=mask or 0, previous=self._previous if two_step else 0,
+            steps=table.steps, tables=len(rows), table=self._table, guide=self._guide,
+            mask=0 if mask is None else self._mask, previous=self._previous if two_step else 0,
         )  # fmt: skip
-        self._step_edit = self._edit.copy()
-        if mask is None:
-            self._step_edit["guide"] = 0  # not read then: a graph serves every guide of the caller's
+
+    def _send(self, name: str, values: Array | int, target: int) -> None:
+        """Guide or mask into memory of ours, which is aligned, and where the graph looks for it."""
+        host = self._host[name]
+        if isinstance(values, int):
+            self._driver.copy(target, values, host.nbytes, self.stream)
+        else:
+            host[:] = values.reshape(host.shape)
+            self._driver.upload(target, host, self.stream)
 
     # --- the steps -------------------------------------------------------------------------------------------------
 
-    def _advance(self, count: int) -> None:
-        """The next `count` steps, as one graph where that works."""
+    def begin(self) -> None:
+        """Enqueue the start of a pass: x at the level of t0."""
+        self._launch(self._kernels.start, kernels.grid(self._elements, self.shape[0]), self._edit)
+
+    def advance(self, count: int) -> None:
+        """Enqueue the next `count` steps, as one graph where that works."""
         while count and self._captures:
             at_once = count if self._chains else 1
             executable = self._graph(at_once)
@@ -206,12 +223,12 @@ class DeviceLoop:
             self._step()
 
     def _step(self) -> None:
-        self._network.enqueue(self.stream)
-        self._launch(self._kernels.step, kernels.grid(self._elements, self.shape[0]), self._step_edit)
+        self.network.enqueue(self.stream)
+        self._launch(self._kernels.step, kernels.grid(self._elements, self.shape[0]), self._edit)
 
     def _graph(self, count: int) -> Handle | None:
         """`count` steps of this edit as a graph; None, and a note, where one cannot be made."""
-        key = self._step_edit.tobytes()
+        key = self._edit.tobytes()
         name = key + count.to_bytes(4, "little")
         if name not in self._graphs:
             try:
@@ -231,26 +248,43 @@ class DeviceLoop:
         if len(self._steps) >= MOST_GRAPHS:
             self._forget_graphs()
         if not self._warm:  # a library's first call may do what cannot be captured; D alone changes nothing
-            self._network.enqueue(self.stream)
+            self.network.enqueue(self.stream)
             self._warm = True
-        self._graph_calls.begin(self.stream)
+        collecting = gc.isenabled()
+        gc.disable()  # what it would free now could invalidate the capture
         try:
-            self._step()
+            self._graph_calls.begin(self.stream)
+            try:
+                self._step()
+            except BaseException:
+                with suppress(DeviceError):
+                    self._graph_calls.free_graph(self._graph_calls.end(self.stream))
+                raise
+            self._steps[key] = self._graph_calls.end(self.stream)
         finally:
-            captured = self._graph_calls.end(self.stream)
-        self._steps[key] = captured
+            if collecting:
+                gc.enable()
 
     def _report(self, on_step: OnStep, number: int, table: StepTable, repeat: int) -> None:
         self._driver.synchronize(self.stream)
-        sigma = table.column("sigma")[..., number - 1]
-        if on_step(Step(number, table.steps, repeat, sigma, self._denoised)) is False:
+        self._reads += 1
+        step = Step(number, table.steps, repeat, table.column("sigma")[..., number - 1], self._reader(self._reads))
+        answer = on_step(step)
+        self._reads += 1
+        if answer is False:
             raise Cancelled(f"cancelled at step {number} of {table.steps}", hint="on_step returned False")
 
-    def _denoised(self) -> NDArray[np.float32]:
-        """D of the step just run, copied only where a preview asks for it."""
-        self._driver.download(self._host["x"], int(self._edit["denoised"][0]), self.stream)
-        self._driver.synchronize(self.stream)
-        return self._host["x"]
+    def _reader(self, of: int) -> Callable[[], NDArray[np.float32]]:
+        """What copies D of the step just run, for a preview that asks for it while `on_step` runs."""
+
+        def read() -> NDArray[np.float32]:
+            if of != self._reads:
+                raise OptionError("step.denoised is of a step that has passed", hint="read it inside on_step")
+            self._driver.download(self._host["x"], int(self._edit["denoised"][0]), self.stream)
+            self._driver.synchronize(self.stream)
+            return self._host["x"].copy()
+
+        return read
 
     # --- the device ------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,13 @@
 """The few calls of the CUDA driver that the device loop needs, behind one protocol.
 
 pycuda is taken where it imports, cuda-core's bindings otherwise; SDEDIT_CUDA=pycuda or cuda-core forces one. Both use
-the device's primary context, the one that PyTorch and CuPy use too, and make it current only for the time of a call.
+the primary context, the one that PyTorch and CuPy use too, of the first GPU that CUDA_VISIBLE_DEVICES shows, and make
+it current only for the time of a call.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -67,7 +70,6 @@ class Driver(Protocol):
     gpu: Gpu
     versions: Mapping[str, str]
     graphs: "Graphs | None"
-    takes_any_stream: bool  # whether `stream` arguments may be of the caller's making
 
     def current(self) -> AbstractContextManager[None]:
         """Make the primary context current in this thread, and what was before current again."""
@@ -166,9 +168,12 @@ def unavailable(call: str, name: str, text: str) -> BackendUnavailable:
     )
 
 
-def no_library(error: BaseException) -> BackendUnavailable:
-    """The error for a machine without libcuda."""
-    return BackendUnavailable(
-        f"CUDA does not start: libcuda was not found ({error})",
-        hint="install the NVIDIA driver; without an NVIDIA GPU, use --backend ort-cpu",
-    )
+def require_library() -> None:
+    """Raise BackendUnavailable on a machine without libcuda."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as error:
+        raise BackendUnavailable(
+            f"CUDA does not start: libcuda was not found ({error})",
+            hint="install the NVIDIA driver; without an NVIDIA GPU, use --backend ort-cpu",
+        ) from error

@@ -1,4 +1,4 @@
-"""CUDA graphs on a stream's handle, by cuda.bindings: pycuda has none of its own."""
+"""What pycuda has not, on streams' handles, by cuda.bindings: CUDA graphs, and order between streams of any maker."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,22 @@ Executable = Any
 
 
 class Graphs:
-    """Capture what one step enqueues; replay it any number of times in a row with one launch.
+    """Capture what one step enqueues; replay it any number of times in a row with one launch. Order streams.
 
     Every method wants the context current and raises DeviceError.
     """
 
     def __init__(self, call: "Calls") -> None:
         self._call = call
+
+    def follow(self, stream: int, leader: int) -> None:
+        """What is enqueued on `stream` from here on waits for what is on `leader` now. The host does not."""
+        event = self._call("cuEventCreate", self._call.cu.CUevent_flags.CU_EVENT_DISABLE_TIMING.value)
+        try:
+            self._call("cuEventRecord", event, leader)
+            self._call("cuStreamWaitEvent", stream, event, 0)
+        finally:
+            self._call("cuEventDestroy", event)
 
     def begin(self, stream: int) -> None:
         """What is enqueued on the stream from here on is recorded, not run. Other threads are not affected."""

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from sdedit.cuda.graphs import Graphs
 from sdedit.errors import ImageError, OptionError
 
 KIND_CUDA = 2  # DLDeviceType kDLCUDA
 FLOAT = 2  # DLDataTypeCode kDLFloat
+LEGACY_STREAM = 1  # the handle of the default stream that both protocols can tell from none
 
 
 class _DlTensor(ctypes.Structure):
@@ -58,15 +60,26 @@ def stream_handle(stream: Any) -> int | None:
 class GpuView:
     """Where another library's float32 tensor lies. Keeps it alive.
 
-    Raises ImageError for one that is not on a GPU, not float32, not contiguous, or not of `shape` (None: any length).
+    Raises ImageError for one that is not on the first GPU, not float32, not contiguous, or not of `shape` (None: any
+    length).
     """
 
-    def __init__(self, tensor: Any, shape: tuple[int | None, ...], role: str, stream: int) -> None:
+    def __init__(self, tensor: Any, shape: tuple[int | None, ...], role: str) -> None:
         self._tensor, self._role = tensor, role
-        if hasattr(tensor, "__cuda_array_interface__"):
-            self._from_array_interface(tensor.__cuda_array_interface__)
+        self._stream: int | None = None  # that must be waited for
+        self._release: Callable[[], None] | None = None
+        try:
+            found = getattr(tensor, "__cuda_array_interface__", None)
+        except Exception as error:  # PyTorch's own, for a tensor on the CPU or with a gradient
+            raise ImageError(f"the {role} cannot be used: {error}", hint="pass tensor.detach(), on the GPU") from error
+        self._by_dlpack = found is None
+        if found is not None:
+            self.pointer, self.shape = int(found["data"][0]), tuple(map(int, found["shape"]))
+            self._stream = found.get("stream")
+            self._require_floats(found["typestr"] in ("<f4", "=f4"), found["typestr"])
+            self._require_contiguous(found.get("strides"), itemsize=4)
         elif hasattr(tensor, "__dlpack__"):
-            self._from_dlpack(tensor, stream)
+            self._take_dlpack(tensor, None)
         else:
             raise ImageError(
                 f"the {role} is {type(tensor).__name__}; wanted a tensor on the GPU",
@@ -80,21 +93,30 @@ class GpuView:
                 hint="edit() resizes; a tensor has the model's size already",
             )
 
-    def _from_array_interface(self, found: dict[str, Any]) -> None:
-        self.pointer, self.shape = int(found["data"][0]), tuple(map(int, found["shape"]))
-        self._require_floats(found["typestr"] in ("<f4", "=f4"), found["typestr"])
-        self._require_contiguous(found.get("strides"), itemsize=4)
+    def ready_on(self, stream: int, graphs: Graphs) -> int:
+        """Its address, for what is enqueued on `stream` from here on: that waits for whoever fills it."""
+        if self._by_dlpack:
+            self._take_dlpack(self._tensor, stream)
+        elif self._stream is not None:
+            graphs.follow(stream, self._stream)
+        return self.pointer
 
-    def _from_dlpack(self, tensor: Any, stream: int) -> None:
-        kind, _ = tensor.__dlpack_device__()
-        if int(kind) != KIND_CUDA:
+    def _take_dlpack(self, tensor: Any, stream: int | None) -> None:
+        """stream None: only to look at it; else its owner makes the stream wait for what fills it."""
+        kind, number = tensor.__dlpack_device__()
+        if int(kind) != KIND_CUDA or number != 0:
             raise ImageError(
-                f"the {self._role} is not on a CUDA device (DLPack device type {int(kind)})", hint="move it to the GPU"
+                f"the {self._role} is not on the first CUDA device (DLPack device {int(kind)}:{number})",
+                hint="move it to the GPU; CUDA_VISIBLE_DEVICES chooses which is first",
             )
-        self._capsule = tensor.__dlpack__(stream=stream)
-        managed = ctypes.cast(_capsule_pointer(self._capsule, _NEW), ctypes.POINTER(_DlManagedTensor))
-        _capsule_rename(self._capsule, _USED)
-        self._release: Callable[[], None] | None = lambda: managed.contents.deleter(managed)
+        try:
+            capsule = tensor.__dlpack__(stream=-1 if stream is None else stream)
+        except Exception as error:  # its library's own
+            raise ImageError(f"the {self._role} cannot be used: {error}", hint="pass tensor.detach()") from error
+        managed = ctypes.cast(_capsule_pointer(capsule, _NEW), ctypes.POINTER(_DlManagedTensor))
+        _capsule_rename(capsule, _USED)
+        self._free()
+        self._release = lambda: managed.contents.deleter(managed)
         found = managed.contents.tensor
         self.pointer = int(found.data or 0) + int(found.byte_offset)
         self.shape = tuple(found.shape[k] for k in range(found.ndim))
@@ -113,36 +135,46 @@ class GpuView:
                 raise ImageError(f"the {self._role} is not contiguous", hint="pass it in C order: B, C, H, W")
             expected *= side
 
-    def __del__(self) -> None:
-        release = getattr(self, "_release", None)
-        if release is not None:
+    def _free(self) -> None:
+        if self._release is not None:
+            self._release()
             self._release = None
-            release()
+
+    def __del__(self) -> None:
+        if getattr(self, "_release", None) is not None:
+            self._free()
 
 
 class GpuTensor:
     """A float32 tensor on the GPU that this engine made; PyTorch, CuPy, JAX and others take it as it is.
 
-    stream: what wrote it; work on other streams must wait for that one.
+    stream: the caller's, on which its making was enqueued; None where it is finished.
     """
 
-    def __init__(self, pointer: int, shape: tuple[int, ...], stream: int, free: Callable[[], None]) -> None:
+    def __init__(
+        self, pointer: int, shape: tuple[int, ...], stream: int | None, graphs: Graphs | None, free: Callable[[], None]
+    ) -> None:
         self.pointer, self.shape, self.stream = pointer, shape, stream
         self.dtype = np.dtype(np.float32)
+        self._graphs = graphs
         self._free: Callable[[], None] | None = free
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {
             "shape": self.shape, "typestr": "<f4", "data": (self.pointer, False), "version": 3, "strides": None,
-            "stream": self.stream or 1,
+            "stream": LEGACY_STREAM if self.stream == 0 else self.stream,
         }  # fmt: skip
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return KIND_CUDA, 0
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
-        """A capsule. The caller's stream must wait for `self.stream` where they differ."""
+        """A capsule. What is on the taker's stream from here on waits for the tensor, unless it says -1."""
+        if self.stream is not None and stream != -1 and self._graphs is not None:
+            taker = LEGACY_STREAM if stream is None else stream
+            if taker != (self.stream or LEGACY_STREAM):
+                self._graphs.follow(taker, self.stream)
         return _capsule(self)
 
     def __del__(self) -> None:

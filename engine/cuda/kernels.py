@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from sdedit.cuda.driver import Driver, Handle
+from sdedit.errors import BackendUnavailable, DeviceError
 
 INTERFACE = 1
 FATBIN = Path(__file__).with_name("sdedit.fatbin")
@@ -38,6 +39,19 @@ class Kernels:
         for name in ("start", "step", "pixels"):
             vars(self).pop(name, None)
         self._driver.unload(vars(self).pop("_module"))
+
+
+def require_kernels(driver: Driver, name: str) -> None:
+    """Raise BackendUnavailable if this GPU and driver do not take the kernels, before anything is built for them."""
+    try:
+        with driver.current():
+            Kernels(driver).close()
+    except DeviceError as error:
+        raise BackendUnavailable(
+            f"{name}: {driver.gpu.name} ({driver.gpu.target}, driver {driver.gpu.driver}) does not take our kernels: "
+            f"{error}",
+            hint="they want compute capability 7.5 or later and driver 580 (CUDA 13) or later",
+        ) from error
 
 
 def grid(elements: int, batch: int) -> tuple[int, int]:

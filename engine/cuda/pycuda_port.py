@@ -9,15 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdedit.cuda.bindings_port import Calls
-from sdedit.cuda.driver import Gpu, Handle, Pinned, driver_text, failed, unavailable
+from sdedit.cuda.driver import Gpu, Handle, Pinned, driver_text, failed, require_library, unavailable
 from sdedit.cuda.graphs import Graphs
 from sdedit.errors import SdeditError
 
+NAMES = {  # of the results that have a hint of their own, by pycuda's words
+    "out of memory": "CUDA_ERROR_OUT_OF_MEMORY",
+    "no device": "CUDA_ERROR_NO_DEVICE",
+    "invalid image": "CUDA_ERROR_INVALID_IMAGE",
+    "no binary for gpu": "CUDA_ERROR_NO_BINARY_FOR_GPU",
+}
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which pycuda has no name for
 
 
 def open_port() -> "PycudaPort":
-    """CUDA on the current context's device, else the first. Raises BackendUnavailable, ImportError."""
+    """CUDA on the first device. Raises BackendUnavailable, ImportError."""
+    require_library()
     import pycuda
     import pycuda.driver as cu
 
@@ -25,18 +32,17 @@ def open_port() -> "PycudaPort":
         cu.init()
         if cu.Device.count() == 0:
             raise unavailable("cuDeviceGetCount", "CUDA_ERROR_NO_DEVICE", "no GPU")
-        device = cu.Context.get_device() if cu.Context.get_current() else cu.Device(0)
-        return PycudaPort(cu, device, pycuda.VERSION_TEXT)
+        return PycudaPort(cu, cu.Device(0), pycuda.VERSION_TEXT)
 
 
 @contextmanager
 def explaining(cu: Any, explain: Callable[[str, str, str], SdeditError] = failed) -> Iterator[None]:
-    """Turn pycuda's errors into ours. It says "cuMemAlloc failed: out of memory", with a class for some results."""
+    """Turn pycuda's errors into ours. It says "cuMemAlloc failed: out of memory", not the result's name."""
     try:
         yield
     except cu.Error as error:
         call, _, text = str(error).partition(" failed: ")
-        name = "CUDA_ERROR_OUT_OF_MEMORY" if isinstance(error, cu.MemoryError) else type(error).__name__
+        name = next((name for words, name in NAMES.items() if words in text), type(error).__name__)
         raise explain(call, name, text) from error
 
 
@@ -44,7 +50,6 @@ class PycudaPort:
     """See sdedit.cuda.driver.Driver."""
 
     name = "pycuda"
-    takes_any_stream = False  # pycuda cannot wrap a stream that it has not made
 
     def __init__(self, cu: Any, device: Any, version: str) -> None:
         self._cu = cu

@@ -1,5 +1,6 @@
 """The edit of tensors that lie on the GPU already, for hosts that keep them there."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,6 +15,8 @@ from sdedit.errors import OptionError
 from sdedit.noise import result_seed
 from sdedit.schedule import plan
 
+log = logging.getLogger(__name__)
+
 
 class GpuBackend(Protocol):
     """A backend whose network runs on the GPU."""
@@ -23,14 +26,12 @@ class GpuBackend(Protocol):
         """What calls CUDA."""
         ...
 
-    def network(self, batch: int, conditions: Mapping[str, float]) -> DeviceNetwork:
-        """The network by itself, for batches of this size."""
+    def network(self, batch: int) -> DeviceNetwork:
+        """The network by itself, for batches of this size. Wants the context current."""
         ...
 
-    def device_loop(
-        self, batch: int, conditions: Mapping[str, float], stream: int | None
-    ) -> AbstractContextManager[DeviceLoop]:
-        """A loop for batches of this size, for the length of a `with` block."""
+    def device_loop(self, batch: int, conditions: Mapping[str, float]) -> AbstractContextManager[DeviceLoop]:
+        """A loop for batches of this size, for the length of a `with` block. Wants the context current."""
         ...
 
 
@@ -38,33 +39,41 @@ def edit_tensor(
     backend: GpuBackend, artifact: Artifact, guide: Any, mask: Any, stream: Any, options: EditOptions
 ) -> GpuTensor:
     """See sdedit.Editor.edit_tensor."""
-    driver, handle = backend.driver, stream_handle(stream)
-    if handle is not None and not driver.takes_any_stream:
-        raise OptionError(f"{driver.name} cannot use a stream of the caller's", hint="set SDEDIT_CUDA=cuda-core")
-    frame = artifact.height, artifact.width
-    view = GpuView(guide, (None, artifact.channels, *frame), "guide", handle or 1)
+    driver, theirs = backend.driver, stream_handle(stream)
+    if driver.graphs is None:
+        raise OptionError(
+            f"{driver.name} alone cannot order streams of other libraries", hint="pip install cuda-bindings"
+        )
+    view = GpuView(guide, (None, artifact.channels, artifact.height, artifact.width), "guide")
     batch = view.shape[0]
-    masked = None if mask is None else GpuView(mask, (batch, 1, *frame), "mask", handle or 1)
+    masked = None if mask is None else GpuView(mask, (batch, 1, artifact.height, artifact.width), "mask")
     chosen = replace(options, batch=batch).resolved(artifact.defaults)
     table = plan(artifact.sde, **chosen.schedule())
     seeds = [result_seed(chosen.seed, j) for j in range(batch)]
-    with driver.current(), backend.device_loop(batch, chosen.conditions, handle) as loop:
-        where = None if masked is None else masked.pointer
-        x = loop.start(view.pointer, where, seeds, table, repeats=chosen.repeats)
-        result = _copied(driver, x, loop)
-        if handle is None:
+    with driver.current(), backend.device_loop(batch, chosen.conditions) as loop:
+        if theirs is not None:
+            driver.graphs.follow(loop.stream, theirs)
+        pointers = [None if one is None else one.ready_on(loop.stream, driver.graphs) for one in (view, masked)]
+        assert pointers[0] is not None
+        x = loop.start(pointers[0], pointers[1], seeds, table, repeats=chosen.repeats)
+        result = _copied(driver, x, loop, theirs)
+        if theirs is None:
             loop.finish(table)
+        else:
+            driver.graphs.follow(theirs, loop.stream)
+        for note in loop.notes:
+            log.info(note)
     return result
 
 
-def _copied(driver: Driver, x: int, loop: DeviceLoop) -> GpuTensor:
+def _copied(driver: Driver, x: int, loop: DeviceLoop, stream: int | None) -> GpuTensor:
     """The result in memory of its own: the loop's is used again."""
-    nbytes = 4 * loop.shape[0] * loop.shape[1] * loop.shape[2] * loop.shape[3]
-    pointer = driver.allocate(nbytes)
-    driver.copy(pointer, x, nbytes, loop.stream)
+    pointer = driver.allocate(loop.nbytes)
 
     def free() -> None:
         with driver.current():
             driver.free(pointer)
 
-    return GpuTensor(pointer, loop.shape, loop.stream, free)
+    result = GpuTensor(pointer, loop.shape, stream, driver.graphs, free)
+    driver.copy(pointer, x, loop.nbytes, loop.stream)
+    return result

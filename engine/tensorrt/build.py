@@ -118,7 +118,13 @@ def build(
 
 def flags(workspace_bytes: int | None = None, verbose: bool = False) -> dict[str, Any]:
     """What the sidecar says of how a plan was built, beside the artifact, the library, the GPU and the profile."""
-    return {"strongly_typed": True, "tf32": False, "workspace_bytes": workspace_bytes, "detailed": verbose}
+    return {
+        "strongly_typed": True,
+        "tf32": False,
+        "user_allocation": True,
+        "workspace_bytes": workspace_bytes,
+        "detailed": verbose,
+    }
 
 
 def as_json(gpu: Gpu) -> dict[str, Any]:
@@ -235,6 +241,8 @@ class _Job:
         trt = self._library.module
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)
+        if self._library.ahead_of_time:  # or it may allocate while it runs, which no CUDA graph takes
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if self._verbose:
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if self._workspace_bytes is not None:

@@ -22,6 +22,9 @@ MOST_MESSAGES = 100_000
 NO_DRIVER = "catchCudaError"  # what follows each real error in the log where there is no driver
 
 
+_loggers: list[Any] = []  # TensorRT may go on using one after everything else that was made with it is gone
+
+
 @dataclass(frozen=True)
 class Library:
     """An imported TensorRT."""
@@ -70,7 +73,8 @@ class Library:
                 told = [text for text in errors if NO_DRIVER not in text] or errors
                 return plain(told[-1]) if told else None
 
-        return Logger()
+        _loggers.append(Logger())
+        return _loggers[-1]
 
 
 def plain(text: str) -> str:

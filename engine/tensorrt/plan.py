@@ -13,7 +13,8 @@ The sidecar is one JSON object, also meant for hosts that are not Python:
     metadata          the artifact's own `sdedit` object, whole
     inputs, outputs   [{name, dtype, shape}, …] as in the .onnx: a size is a number, a name, or null
     plan              bytes, sha256 of PATH
-    flags             strongly_typed, tf32, workspace_bytes (null: the library's choice), detailed (kernel names kept)
+    flags             strongly_typed, tf32, user_allocation (TensorRT-RTX allocates nothing while it runs),
+                      workspace_bytes (null: the library's choice), detailed (kernel names kept)
     activation_bytes  [device memory of each profile beside the weights], or null where TensorRT did not say
     built             UTC, ISO 8601
     build_seconds     how long that took

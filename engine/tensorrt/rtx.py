@@ -43,8 +43,8 @@ class Kernels:
         """Write what was compiled since the file was read. A cache that cannot be written is no error."""
         if self._cache is None:
             return
-        compiled = bytes(self._cache.serialize())
-        if compiled == self._kept:
+        compiled = bytes(self._cache.serialize() or b"")
+        if compiled in (b"", self._kept):
             return
         self._kept = compiled
 

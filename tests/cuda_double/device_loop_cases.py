@@ -6,7 +6,6 @@ Run by tests/test_device_loop.py in a process of its own, once for each port tha
 import ctypes
 import gc
 import os
-from contextlib import closing, nullcontext
 from types import MappingProxyType
 
 import numpy as np
@@ -16,6 +15,7 @@ import sdedit
 from cuda_double.linear import LinearNetwork, double, linear
 from sdedit.cuda.device_loop import MOST_GRAPHS, MOST_STEPS_A_GRAPH, DeviceLoop
 from sdedit.cuda.driver import VARIABLE, open_driver
+from sdedit.cuda.pool import LoopPool
 from sdedit.executor import HostExecutor
 from sdedit.image import to_pixels
 
@@ -388,16 +388,21 @@ class Elsewhere:
         }  # fmt: skip
 
 
+def made(shape):
+    driver = open_driver()
+    return DeviceLoop(driver, LinearNetwork(driver, shape), shape)
+
+
 class Backend:
     def __init__(self, driver):
         self.driver = driver
+        self.pool = LoopPool()
 
     def on_gpu(self):
         return self
 
-    def device_loop(self, batch, conditions, stream):
-        shape = (batch, *EVEN)
-        return closing(DeviceLoop(self.driver, LinearNetwork(self.driver, shape), shape, stream=stream))
+    def device_loop(self, batch, conditions):
+        return self.pool.lease((batch, *EVEN), made)
 
 
 class Model:
@@ -408,7 +413,10 @@ class Model:
 
 @pytest.fixture
 def tensor_editor(driver):
-    return sdedit.Editor(Model(), Backend(driver))
+    editor = sdedit.Editor(Model(), Backend(driver))
+    yield editor
+    double.reset()
+    editor.backend.pool.close()
 
 
 def fetched(driver, tensor):
@@ -443,7 +451,7 @@ def test_a_result_is_taken_by_dlpack_and_outlives_its_maker(driver, tensor_edito
         def __init__(self, tensor):
             self.__dlpack__, self.__dlpack_device__ = tensor.__dlpack__, tensor.__dlpack_device__
 
-    view = GpuView(Capsule(result), (1, *EVEN), "guide", 1)
+    view = GpuView(Capsule(result), (1, *EVEN), "guide")
     del result
     again = tensor_editor.edit_tensor(Capsule(tensor_editor.edit_tensor(Elsewhere(driver, guide))))
     assert again.shape == (1, *EVEN)
@@ -459,30 +467,100 @@ def test_a_result_is_taken_by_dlpack_and_outlives_its_maker(driver, tensor_edito
     assert double.live_bytes >= before
 
 
-def test_on_the_callers_stream_nothing_is_waited_for(driver, tensor_editor):
-    if not driver.takes_any_stream:
-        with pytest.raises(sdedit.OptionError, match="pycuda cannot use a stream of the caller's"):
-            tensor_editor.edit_tensor(Elsewhere(driver, np.zeros((1, *EVEN), np.float32)), stream=1)
-        return
-    guide, _, _ = inputs((1, *EVEN), masked=False)
+def test_on_the_callers_stream_the_result_is_not_waited_for(driver, tensor_editor):
+    guide, mask, _ = inputs((1, *EVEN), masked=True)
+    wanted = on_host(guide, mask, [3], sdedit.plan(VP, steps=6))
     stream = driver.make_stream()
-    ours = Elsewhere(driver, guide)
-    shape = (1, *EVEN)
-    kept = DeviceLoop(driver, LinearNetwork(driver, shape), shape, stream=stream)
-
-    class Kept(Backend):
-        def device_loop(self, batch, conditions, given):
-            assert given == stream
-            return nullcontext(kept)
-
-    editor = sdedit.Editor(Model(), Kept(driver))
-    editor.edit_tensor(ours, stream=stream)
+    ours, theirs = Elsewhere(driver, np.zeros_like(guide)), Elsewhere(driver, mask)
+    tensor_editor.edit_tensor(ours, stream=stream)  # makes the loop and its graph
     double.reset()
-    result = editor.edit_tensor(ours, stream=stream)
+    double.defer()
+    pinned = driver.allocate_pinned(guide.nbytes)
+    pinned.view(np.float32)[:] = guide.ravel()
+    driver.upload(ours.pointer, pinned, stream)  # the guide is only on its way
+    result = tensor_editor.edit_tensor(ours, mask=theirs, stream=stream, seed=3)
     assert not {"cuStreamSynchronize", "cuCtxSynchronize"} & set(double.calls)
     assert result.__cuda_array_interface__["stream"] == stream
-    kept.close()
+    driver.download(pinned, result.pointer, stream)  # in the stream's order, after the edit
+    driver.synchronize(stream)
+    np.testing.assert_allclose(pinned.view(np.float32).reshape(guide.shape), wanted, rtol=0, atol=1e-6)
+    driver.free_pinned(pinned)
     driver.free_stream(stream)
+
+
+def test_a_guide_that_another_stream_still_fills_is_waited_for(driver, tensor_editor):
+    guide, _, _ = inputs((1, *EVEN), masked=False)
+    wanted = on_host(guide, None, [0], sdedit.plan(VP, steps=6))
+    stream = driver.make_stream()
+    ours = Elsewhere(driver, np.zeros_like(guide), stream=stream)
+    pinned = driver.allocate_pinned(guide.nbytes)
+    pinned.view(np.float32)[:] = guide.ravel()
+    double.defer()
+    driver.upload(ours.pointer, pinned, stream)
+    result = tensor_editor.edit_tensor(ours)
+    assert result.__cuda_array_interface__["stream"] is None  # finished
+    np.testing.assert_allclose(fetched(driver, result), wanted, rtol=0, atol=1e-6)
+    driver.synchronize(stream)
+    driver.free_pinned(pinned)
+    driver.free_stream(stream)
+
+
+def test_a_guide_at_any_address_is_taken(driver, tensor_editor):
+    guide, _, _ = inputs((1, *EVEN), masked=False)
+    shifted = np.concatenate([[0.0], guide.ravel()]).astype(np.float32)
+    whole = Elsewhere(driver, shifted)
+    whole.__cuda_array_interface__ |= {"shape": guide.shape, "data": (whole.pointer + 4, False)}
+    result = tensor_editor.edit_tensor(whole)
+    np.testing.assert_allclose(
+        fetched(driver, result), on_host(guide, None, [0], sdedit.plan(VP, steps=6)), rtol=0, atol=1e-6
+    )
+
+
+def test_a_tensor_whose_library_refuses_says_what_to_do(tensor_editor):
+    class Gradient:
+        @property
+        def __cuda_array_interface__(self):
+            raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad.")
+
+    with pytest.raises(sdedit.ImageError, match="the guide cannot be used: Can't get") as raised:
+        tensor_editor.edit_tensor(Gradient())
+    assert "detach" in raised.value.hint
+
+
+def test_a_kept_step_cannot_be_read_later(loops):
+    shape = (1, *EVEN)
+    kept = []
+    loop = loops(shape)
+    loop.run(*inputs(shape, masked=False), sdedit.plan(VP, t0=0.5, steps=2), on_step=kept.append)
+    with pytest.raises(sdedit.OptionError, match="a step that has passed"):
+        _ = kept[0].denoised
+
+
+def test_a_pool_keeps_as_many_loops_as_were_busy(driver):
+    pool = LoopPool()
+    shape = (1, *EVEN)
+    with pool.lease(shape, made) as a, pool.lease(shape, made) as b, pool.lease(shape, made) as c:
+        assert len({id(one) for one in (a, b, c)}) == 3
+    double.reset()
+    with pool.lease(shape, made), pool.lease(shape, made), pool.lease(shape, made):
+        assert "cuMemAlloc" not in double.calls
+    with pytest.raises(sdedit.Cancelled), pool.lease(shape, made):
+        raise sdedit.Cancelled("cancelled", hint="")
+    with pool.lease(shape, made):
+        assert "cuMemAlloc" not in double.calls
+    pool.close()
+    assert double.live_objects["streams"] == 0
+
+
+def test_idle_loops_make_room_where_memory_runs_out(driver):
+    pool = LoopPool()
+    with pool.lease((1, *EVEN), made):
+        pass
+    for attempt in (1, 2) if driver.name == "pycuda" else (1,):
+        double.fail("cuMemAlloc", 2, attempt)
+    with pool.lease((2, *EVEN), made) as loop:
+        assert loop.shape == (2, *EVEN)
+    pool.close()
 
 
 @pytest.mark.parametrize(
@@ -501,7 +579,7 @@ def test_a_tensor_that_does_not_fit_is_refused(driver, tensor_editor, values, ch
 def test_what_is_no_tensor_on_a_gpu_is_refused(tensor_editor):
     with pytest.raises(sdedit.ImageError, match="the guide is list; wanted a tensor on the GPU"):
         tensor_editor.edit_tensor([0.0])
-    with pytest.raises(sdedit.ImageError, match="not on a CUDA device"):
+    with pytest.raises(sdedit.ImageError, match="not on the first CUDA device"):
         tensor_editor.edit_tensor(type("T", (), {"__dlpack__": 0, "__dlpack_device__": lambda self: (1, 0)})())
     with pytest.raises(sdedit.OptionError, match="unknown option fit"):
         tensor_editor.edit_tensor(None, fit="crop")

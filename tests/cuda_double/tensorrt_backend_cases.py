@@ -4,7 +4,9 @@ Run by tests/test_device_loop.py in a process of its own. What TensorRT's own ca
 (test_tensorrt_signatures.py); here it is what the backend does with their answers.
 """
 
+import ctypes
 import enum
+import gc
 import json
 import threading
 from types import SimpleNamespace
@@ -50,6 +52,7 @@ class Context:
         return self.batch <= self.engine.most
 
     def set_tensor_address(self, name, address):
+        ADDRESSES[name] = address
         if name in ("x", "sigma", "denoised"):
             self.edit[name] = address
         return self.engine.takes_addresses
@@ -61,6 +64,7 @@ class Context:
         return self.engine.enqueues
 
 
+ADDRESSES = {}  # of the last context
 CONFIGS = []  # of the execution contexts, in order
 
 
@@ -210,6 +214,7 @@ def test_a_second_edit_allocates_and_captures_nothing(write_plan):
 
 
 def test_close_frees_what_waited(write_plan):
+    gc.collect()
     before = double.live_bytes
     editor = sdedit.load(write_plan())
     editor.edit(PICTURE)
@@ -328,7 +333,7 @@ def test_a_plan_of_another_library_is_refused(write_plan):
 @pytest.mark.parametrize(
     ("engine", "kind", "told"),
     [
-        ({"memory": "none"}, sdedit.DeviceError, "no execution context: its activations do not fit"),
+        ({"memory": "none"}, sdedit.DeviceError, "tensorrt makes no execution context: it does not say why"),
         ({"most": 0}, sdedit.DeviceError, r"the plan does not take x of shape \(1, 3, 8, 12\)"),
         ({"enqueues": False}, sdedit.NetworkError, "TensorRT could not enqueue the network"),
         ({"addresses": False}, sdedit.DeviceError, "TensorRT does not take an address for x"),
@@ -340,6 +345,7 @@ def test_what_fails_when_it_runs_says_so_and_leaks_nothing(write_plan, engine, k
     with pytest.raises(kind, match=told) as raised:
         editor.edit(PICTURE)
     assert raised.value.hint
+    editor.backend.close()
     assert double.live_bytes == before
 
 
@@ -351,6 +357,30 @@ def test_without_a_driver_the_backend_says_so_and_touches_no_library(monkeypatch
     monkeypatch.setattr(backend, "open_library", lambda name: pytest.fail("opened"))
     with pytest.raises(sdedit.BackendUnavailable, match="tensorrt: CUDA does not start: libcuda was not found"):
         sdedit.load(backend="tensorrt")
+
+
+def test_a_class_label_is_an_input_that_later_edits_change_in_place(write_plan, monkeypatch):
+    described = metadata(SHAPE, SDES["vp"], inputs={"class_label": {"dtype": "int64", "count": 10}})
+    size = ["B", *SHAPE]
+    inputs = (("x", "float32", size), ("sigma", "float32", ["B"]), ("class_label", "int64", ["B"]))
+    path = write_plan(
+        {"tensors": ["x", "sigma", "class_label", "denoised"]},
+        metadata=described,
+        inputs=[{"name": n, "dtype": kind, "shape": s} for n, kind, s in inputs],
+    )
+    editor = sdedit.load(path)
+    with pytest.raises(sdedit.OptionError, match="the model needs a value for its input class_label"):
+        editor.edit(PICTURE)
+
+    def labels():
+        return (ctypes.c_int64 * 2).from_address(ADDRESSES["class_label"])[:]
+
+    editor.edit(PICTURE, batch=2, conditions={"class_label": 3})
+    assert labels() == [3, 3]
+    double.reset()
+    editor.edit(PICTURE, batch=2, conditions={"class_label": 7})
+    assert labels() == [7, 7]
+    assert not {"cuMemAlloc", "cuStreamBeginCapture"} & set(double.calls)
 
 
 def test_rtx_compiles_before_it_runs_and_keeps_what_it_compiled(write_plan, monkeypatch, tmp_path):
