@@ -9,7 +9,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_schedule(parser: argparse.ArgumentParser) -> None:
+def add_schedule(parser: argparse._ActionsContainer) -> None:
     """Where the edit starts and how it steps back. Defaults are the artifact's own."""
     parser.add_argument(
         "--t0", type=float, help="start time in (0, 1]: 0.3 faithful … 0.6 realistic (default: the model's, else 0.5)"

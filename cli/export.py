@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdedit.cli import export_loop
 from sdedit.cli.arguments import add_json, condition, positive
 from sdedit.cli.exits import OK, OUT_OF_TOLERANCE
 from sdedit.cli.report import show_report
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from sdedit.export.exporting import Graph
     from sdedit.export.source import SourceOptions
 
-HELP = "turn a checkpoint, a PyTorch network or an ONNX file into a verified artifact"
+HELP = "turn a checkpoint, a PyTorch network or an ONNX file into a verified artifact, or that into a whole edit"
 TOLD = ("preset", "config", "preconditioning", "class_label")  # of a checkpoint whose family is known
 SAID = ("sde", "predicts", "time", "time_scale", "round_time", "unit_data", "sigma_data")  # of any other network
 OF_MODULE, OF_ONNX = ("module", "checkpoint", "multiple", "channels"), ("inputs", "output_name", "constant")
+OF_EVERY = ("precision", "opset", "dynamic", "name", "license", "allow_inaccurate", "size", "weights")
 FAMILIES = ("auto", "diffusers", "ddpm", "score-sde", "guided-diffusion", "edm", "onnx", "artifact", "module")
 
 
@@ -36,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="the model's name in its metadata")
     parser.add_argument("--license", help="the weights' licence, kept in the metadata")
     parser.add_argument(
-        "--guide", action="append", metavar="PICTURE", help="picture to verify and calibrate with (default: bundled)"
-    )
+        "--guide", action="append", metavar="PICTURE",
+        help="picture to verify and calibrate with (default: bundled); with --loop: uint8 (default) or float32",
+    )  # fmt: skip
     parser.add_argument("--allow-inaccurate", action="store_true", help="write it also when verification fails, marked")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     add_json(parser)
@@ -73,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     any_net.add_argument(
         "--constant", type=condition, action="append", metavar="NAME=VALUE", help="fold a further input of the .onnx in"
     )
+    export_loop.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -87,6 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
     target = Path(arguments.output)
     if target.suffix != ".onnx":
         raise OptionError(f"{target}: an artifact's name ends in .onnx", hint="-o MODEL.onnx")
+    if arguments.loop:
+        return export_loop.run(arguments, (*OF_EVERY, *TOLD, *SAID, *OF_MODULE, *OF_ONNX))
+    export_loop.require_unused(arguments)
     output.check(
         [target], force=arguments.force, inputs=[Path(p) for p in (arguments.source, arguments.checkpoint) if p]
     )

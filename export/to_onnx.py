@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,28 @@ def save(model: onnx.ModelProto, path: Path, metadata: Mapping[str, Any]) -> lis
 
     The model's own weights are gone afterwards where they went beside the file.
     """
-    helper.set_model_props(model, {"sdedit": json.dumps(metadata)})
+    files = write(model, path, {"sdedit": json.dumps(metadata)})
+    artifact.read(path)  # what we write, we can read
+    return files
+
+
+def write(model: onnx.ModelProto, path: Path, properties: Mapping[str, str]) -> list[Path]:
+    """As `save`, any graph with any metadata properties."""
+    helper.set_model_props(model, properties)
     beside = path.with_name(f"{path.name}.data")
-    large = sum(len(weight.raw_data) for weight in model.graph.initializer) > LARGEST_FILE
+    large = sum(len(weight.raw_data) for weight in weights_of(model.graph)) > LARGEST_FILE
     onnx.save_model(model, path, save_as_external_data=large, location=beside.name, size_threshold=128)
     onnx.checker.check_model(str(path), full_check=not large)
-    artifact.read(path)  # what we write, we can read
     return [path, beside] if large else [path]
+
+
+def weights_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """The weights of a graph and of the bodies of its control flow."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield from weights_of(body)
 
 
 def replace_metadata(path: Path, metadata: Mapping[str, Any]) -> None:
