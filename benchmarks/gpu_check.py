@@ -30,7 +30,7 @@ import numpy as np
 import sdedit
 from sdedit.cuda.device_loop import DeviceLoop, DeviceNetwork
 from sdedit.cuda.driver import Driver, open_driver
-from sdedit.executor import HostExecutor
+from sdedit.executor import Batch, HostExecutor
 
 SDES = {"vp": sdedit.VP(0.1, 20.0), "ve": sdedit.VE(0.02, 60.0)}
 SHAPES = [(1, 3, 64, 64), (4, 3, 256, 256), (2, 3, 5, 7)]
@@ -89,7 +89,7 @@ def check_normals(driver: Driver) -> Row:
             differing += int(np.count_nonzero(step.denoised.view(np.uint32) != wanted.view(np.uint32)))
 
         with identity_loop(driver, shape) as loop:
-            loop.run(np.zeros(shape, np.float32), None, seeds, table, repeats=1, on_step=look)
+            loop.run(Batch(np.zeros(shape, np.float32), None, seeds, table), look)
     return {"check": "normals", "passed": differing == 0, "found": f"{differing} of {compared} differ from NumPy's"}
 
 
@@ -109,9 +109,10 @@ def check_against_host(driver: Driver) -> Row:
     for shape in SHAPES:
         with identity_loop(driver, shape) as loop:
             for name, table, guide, mask, seeds in edits(shape):
-                found, _ = loop.run(guide, mask, seeds, table, repeats=2)
+                batch = Batch(guide, mask, seeds, table, repeats=2)
+                found, _ = loop.run(batch)
                 host = HostExecutor(lambda x, sigma: x.copy())
-                wanted, _ = host.run(guide, mask, seeds, table, repeats=2, on_step=None)
+                wanted, _ = host.run(batch, None)
                 error = float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
                 if not error <= worst:
                     worst, where = error, f"{name} {shape}"
@@ -124,8 +125,8 @@ def check_captured(driver: Driver) -> Row:
         for _, table, guide, mask, seeds in edits(shape):
             with identity_loop(driver, shape) as captured, identity_loop(driver, shape) as eager:
                 eager._captures = False
-                one, _ = captured.run(guide, mask, seeds, table)
-                other, _ = eager.run(guide, mask, seeds, table)
+                one, _ = captured.run(Batch(guide, mask, seeds, table))
+                other, _ = eager.run(Batch(guide, mask, seeds, table))
                 differing += int(not np.array_equal(one.view(np.uint32), other.view(np.uint32)))
                 if captured.notes:
                     return {"check": "captured", "passed": False, "found": captured.notes[0]}
@@ -183,7 +184,7 @@ def loop_us(driver: Driver, network: DeviceNetwork, shape: tuple[int, int, int, 
     begin, end, device, host = driver.make_event(), driver.make_event(), [], []
     try:
         for _ in range(RUNS + 3):  # the first ones warm up and capture
-            loop.start(guide, None, [0] * shape[0], table, repeats=0)  # uploads only
+            loop.start(Batch(guide, None, [0] * shape[0], table, repeats=0))  # uploads only
             loop.begin()
             driver.synchronize(loop.stream)
             driver.record(begin, loop.stream)

@@ -17,7 +17,7 @@ from sdedit.backends import Backend, open_backend
 from sdedit.backends.ort import MOST_THREADS
 from sdedit.checks import whole
 from sdedit.errors import OptionError
-from sdedit.executor import Executor
+from sdedit.executor import Batch, Executor
 from sdedit.image import Picture, Pixels, Placement, Source
 from sdedit.loop import Array, OnStep, Step
 from sdedit.noise import checked_seed, result_seed
@@ -298,8 +298,7 @@ def _run(
     full = group + [group[-1]] * (options.batch - len(group))
     guide = np.stack([job.x for job in full])
     mask = None if full[0].omega is None else np.stack([job.omega for job in full if job.omega is not None])
-    seeds = [job.seed for job in full]
-    xs, made = executor.run(guide, mask, seeds, table, repeats=options.repeats, on_step=on_step)
+    xs, made = executor.run(Batch(guide, mask, [job.seed for job in full], table, options.repeats), on_step)
     pixels = _pixels(group, xs) if made is None or mask is not None else list(made)
     return list(zip(group, xs, pixels, strict=False))  # a batch that was filled up has more x than jobs
 

@@ -3,7 +3,10 @@
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from sdedit.image import Pixels
 from sdedit.loop import Array, Denoiser, OnStep, Step, blend, denoise, perturb
@@ -12,6 +15,17 @@ from sdedit.schedule import StepTable
 
 if TYPE_CHECKING:
     from sdedit.cuda.device_loop import DeviceLoop
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is edited at once: B images of one frame. On a GPU, guide and mask may be addresses of such arrays there."""
+
+    guide: Array | int  # (B, C, H, W) in [-1, 1]
+    mask: Array | int | None  # (B, 1, H, W) in [0, 1], 1 = repaint; None for all of it
+    seeds: Sequence[int]  # one an image
+    table: StepTable
+    repeats: int = 1
 
 
 class Executor(Protocol):
@@ -25,19 +39,10 @@ class Executor(Protocol):
         """What the user should know of how it ran."""
         ...
 
-    def run(
-        self,
-        guide: Array,
-        mask: Array | None,
-        seeds: Sequence[int],
-        table: StepTable,
-        *,
-        repeats: int,
-        on_step: OnStep | None,
-    ) -> tuple[Array, Pixels | None]:
-        """Edit a batch: x (B, C, H, W) and, where they were made on the way, its pixels (B, H, W, C).
+    def run(self, batch: Batch, on_step: OnStep | None) -> tuple[Array, Pixels | None]:
+        """x (B, C, H, W) and, where they were made on the way, its pixels (B, H, W, C).
 
-        guide: (B, C, H, W) in [-1, 1]; mask: (B, 1, H, W) in [0, 1], 1 = repaint. Raises NetworkError, Cancelled.
+        Raises NetworkError, Cancelled.
         """
         ...
 
@@ -54,19 +59,11 @@ class HostExecutor:
         self.network_ms: float | None = None
         self.notes: Sequence[str] = ()
 
-    def run(
-        self,
-        guide: Array,
-        mask: Array | None,
-        seeds: Sequence[int],
-        table: StepTable,
-        *,
-        repeats: int,
-        on_step: OnStep | None,
-    ) -> tuple[Array, Pixels | None]:
-        noise = Noise(seeds, guide.shape[1:], steps=table.steps)
+    def run(self, batch: Batch, on_step: OnStep | None) -> tuple[Array, Pixels | None]:
+        guide, mask = np.asarray(batch.guide), None if batch.mask is None else np.asarray(batch.mask)
+        table, noise = batch.table, Noise(batch.seeds, guide.shape[1:], steps=batch.table.steps)
         start, inside = guide, None if mask is None else guide
-        for repeat in range(repeats):
+        for repeat in range(batch.repeats):
             x = perturb(start, table, noise, repeat=repeat)
             edited = denoise(self._evaluate, x, table, noise, repeat=repeat, guide=inside, mask=mask, on_step=on_step)
             start = blend(guide, edited, mask)
@@ -96,23 +93,12 @@ class DeviceExecutor:
     def notes(self) -> Sequence[str]:
         return self._loop.notes
 
-    def run(
-        self,
-        guide: Array,
-        mask: Array | None,
-        seeds: Sequence[int],
-        table: StepTable,
-        *,
-        repeats: int,
-        on_step: OnStep | None,
-    ) -> tuple[Array, Pixels | None]:
+    def run(self, batch: Batch, on_step: OnStep | None) -> tuple[Array, Pixels | None]:
         def counted(step: Step) -> bool | None:
             self.evaluations += 1
             return None if on_step is None else on_step(step)
 
         before = self.evaluations
-        x, pixels = self._loop.run(
-            guide, mask, seeds, table, repeats=repeats, on_step=None if on_step is None else counted
-        )
-        self.evaluations = before + repeats * table.steps
+        x, pixels = self._loop.run(batch, None if on_step is None else counted)
+        self.evaluations = before + batch.repeats * batch.table.steps
         return x.copy(), pixels.copy()

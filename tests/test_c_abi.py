@@ -12,9 +12,9 @@ import pytest
 from closed_form import SDES
 
 import sdedit
+from sdedit import executor as executors
 from sdedit.capi import build as building
 from sdedit.errors import SdeditError
-from sdedit.executor import HostExecutor
 from sdedit.image import to_pixels
 from sdedit.noise import SPECIFICATION, Noise
 from sdedit.schedule import SAMPLERS, StepTable
@@ -154,8 +154,8 @@ def edited_in_c(program, table, repeats, masked, shape=SHAPE):
 def edited_in_python(table, repeats, masked, shape=SHAPE):
     pixels, mask = pictures(shape)
     guide = np.moveaxis(pixels.astype(np.float32) / np.float32(127.5) - np.float32(1), 3, 1).copy()
-    executor = HostExecutor(denoiser)
-    x, _ = executor.run(guide, mask if masked else None, SEEDS, table, repeats=repeats, on_step=None)
+    executor = executors.HostExecutor(denoiser)
+    x, _ = executor.run(executors.Batch(guide, mask if masked else None, SEEDS, table, repeats), None)
     out = np.stack([to_pixels(image) for image in x])
     return x.tobytes() + out.tobytes() + np.zeros(len(SEEDS), np.float32).tobytes()
 

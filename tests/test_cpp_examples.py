@@ -23,7 +23,7 @@ from PIL import Image
 import sdedit
 from sdedit.cli.main import main
 from sdedit.cuda import kernels
-from sdedit.executor import HostExecutor
+from sdedit.executor import Batch, HostExecutor
 from sdedit.image import to_pixels
 
 ROOT = Path(__file__).parents[1]
@@ -266,7 +266,7 @@ def test_the_device_loop_in_cpp_makes_the_picture_that_python_makes(sampler, run
     steps = sdedit.plan(opened.sde, t0=0.5, steps=6, sampler=sampler)
     start = np.moveaxis(pixels_of(guide).astype(np.float32) / np.float32(127.5) - 1, 2, 0)[None]
     executor = HostExecutor(lambda x, sigma: SLOPE * x + (OFFSET / (1 + sigma)).reshape(-1, 1, 1, 1))
-    x, _ = executor.run(start, None, [MASK64], steps, repeats=1, on_step=None)
+    x, _ = executor.run(Batch(start, None, [MASK64], steps, 1), None)
     assert np.array_equal(pixels_of(guide.with_name("trt.png")), to_pixels(x[0]))
 
 

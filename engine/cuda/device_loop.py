@@ -6,7 +6,7 @@ and as many copies of it as there are steps are replayed with one launch.
 """
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sdedit.cuda import kernels
 from sdedit.cuda.driver import Driver, Handle
 from sdedit.errors import Cancelled, DeviceError, OptionError, SdeditError
+from sdedit.executor import Batch
 from sdedit.image import Pixels
 from sdedit.loop import Array, OnStep, Step, not_finite
 from sdedit.schedule import StepTable
@@ -101,44 +102,26 @@ class DeviceLoop:
         ):
             self._host[name] = self._allocate_pinned(shape, kind)
 
-    def run(
-        self,
-        guide: Array | int,
-        mask: Array | int | None,
-        seeds: Sequence[int],
-        table: StepTable,
-        *,
-        repeats: int = 1,
-        on_step: OnStep | None = None,
-    ) -> tuple[NDArray[np.float32], Pixels]:
+    def run(self, batch: Batch, on_step: OnStep | None = None) -> tuple[NDArray[np.float32], Pixels]:
         """One edit of the whole batch: (x (B, C, H, W), pixels (B, H, W, C)), valid until the next call.
 
-        guide: (B, C, H, W) in [-1, 1]; mask: (B, 1, H, W) in [0, 1], 1 = repaint, or None; either may be the address
-        of such an array on the GPU, of float32. Raises NetworkError, Cancelled.
+        Raises NetworkError, Cancelled.
         """
-        self.start(guide, mask, seeds, table, repeats=repeats, on_step=on_step)
+        self.start(batch, on_step)
         self._launch(self._kernels.pixels, kernels.pixel_grid(self._plane, self.shape[0]), self._edit)
         for name in ("x", "pixels"):
             self._driver.download(self._host[name], int(self._edit[name][0]), self.stream)
-        self.finish(table)
+        self.finish(batch.table)
         return self._host["x"], self._host["pixels"]
 
-    def start(
-        self,
-        guide: Array | int,
-        mask: Array | int | None,
-        seeds: Sequence[int],
-        table: StepTable,
-        *,
-        repeats: int = 1,
-        on_step: OnStep | None = None,
-    ) -> int:
+    def start(self, batch: Batch, on_step: OnStep | None = None) -> int:
         """Enqueue the edit. Without `on_step`, only the uploads of this loop's last edit are waited for.
 
         Returns the address that x will have its result at.
         """
-        self._prepare(guide, mask, seeds, table)
-        for repeat in range(repeats):
+        self._prepare(batch)
+        table = batch.table
+        for repeat in range(batch.repeats):
             self.begin()
             done = 0
             while done < table.steps:
@@ -172,9 +155,9 @@ class DeviceLoop:
 
     # --- before the steps ------------------------------------------------------------------------------------------
 
-    def _prepare(self, guide: Array | int, mask: Array | int | None, seeds: Sequence[int], table: StepTable) -> None:
+    def _prepare(self, batch: Batch) -> None:
         self._driver.wait(self._uploaded)  # the pinned buffers are free again
-        rows = np.ascontiguousarray(table.rows, np.float32)
+        table, rows = batch.table, np.ascontiguousarray(batch.table.rows, np.float32)
         rows = rows.reshape(-1, *rows.shape[-2:])
         if rows.nbytes > self._table_bytes:
             self._forget_graphs()
@@ -182,18 +165,18 @@ class DeviceLoop:
             self._host["table"] = self._allocate_pinned((rows.size,), np.float32)
         self._host["table"][: rows.size] = rows.ravel()
         self._driver.upload(self._table, self._host["table"][: rows.size], self.stream)
-        self._host["seeds"][:] = seeds
+        self._host["seeds"][:] = batch.seeds
         self._host["state"][:] = 0
         for name in ("seeds", "state"):
             self._driver.upload(int(self._edit[name][0]), self._host[name], self.stream)
-        self._send("guide", guide, self._guide)
-        if mask is not None:
-            self._send("mask", mask, self._mask)
+        self._send("guide", batch.guide, self._guide)
+        if batch.mask is not None:
+            self._send("mask", batch.mask, self._mask)
         self._driver.record(self._uploaded, self.stream)
         two_step = bool(table.column("d").any())
         self._fill(
             steps=table.steps, tables=len(rows), table=self._table, guide=self._guide,
-            mask=0 if mask is None else self._mask, previous=self._previous if two_step else 0,
+            mask=0 if batch.mask is None else self._mask, previous=self._previous if two_step else 0,
         )  # fmt: skip
 
     def _send(self, name: str, values: Array | int, target: int) -> None:

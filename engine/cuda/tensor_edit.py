@@ -12,6 +12,7 @@ from sdedit.cuda.driver import Driver
 from sdedit.cuda.interop import GpuTensor, GpuView, stream_handle
 from sdedit.editor import EditOptions
 from sdedit.errors import OptionError
+from sdedit.executor import Batch
 from sdedit.noise import result_seed
 from sdedit.schedule import plan
 
@@ -55,7 +56,7 @@ def edit_tensor(
             driver.graphs.follow(loop.stream, theirs)
         pointers = [None if one is None else one.ready_on(loop.stream, driver.graphs) for one in (view, masked)]
         assert pointers[0] is not None
-        x = loop.start(pointers[0], pointers[1], seeds, table, repeats=chosen.repeats)
+        x = loop.start(Batch(pointers[0], pointers[1], seeds, table, chosen.repeats))
         result = _copied(driver, x, loop, theirs)
         if theirs is None:
             loop.finish(table)

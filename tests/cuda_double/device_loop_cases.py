@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import sdedit
-from cuda_double.linear import LinearNetwork, double, linear
+from cuda_double.linear import LinearNetwork, double, edit, linear
 from sdedit.cuda.device_loop import MOST_GRAPHS, MOST_STEPS_A_GRAPH, DeviceLoop
 from sdedit.cuda.driver import VARIABLE, open_driver
 from sdedit.cuda.pool import LoopPool
-from sdedit.executor import HostExecutor
+from sdedit.executor import Batch, HostExecutor
 from sdedit.image import to_pixels
 
 VP, VE = sdedit.VP(0.1, 20.0), sdedit.VE(0.02, 60.0)
@@ -67,7 +67,7 @@ def inputs(shape, *, masked, seed=0):
 
 
 def on_host(guide, mask, seeds, table, repeats=1):
-    x, _ = HostExecutor(linear).run(guide, mask, seeds, table, repeats=repeats, on_step=None)
+    x, _ = edit(HostExecutor(linear), guide, mask, seeds, table, repeats=repeats)
     return x
 
 
@@ -85,7 +85,7 @@ def test_a_masked_edit_of_20_steps_equals_the_host_loop(loops, batch, shape):
     shape = (batch, *shape)
     table = sdedit.plan(VP, t0=0.5, steps=20, sampler="dpmpp-2m-sde")
     guide, mask, seeds = inputs(shape, masked=True)
-    x, pixels = loops(shape).run(guide, mask, seeds, table, repeats=2)
+    x, pixels = edit(loops(shape), guide, mask, seeds, table, repeats=2)
     wanted = on_host(guide, mask, seeds, table, repeats=2)
     np.testing.assert_allclose(x, wanted, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(pixels, np.stack([to_pixels(one) for one in x]))
@@ -98,7 +98,7 @@ def test_every_sampler_equals_the_host_loop(loops, sampler, sde, masked):
     shape = (2, *EVEN)
     table = sdedit.plan(sde, t0=0.4, steps=7, sampler=sampler)
     guide, mask, seeds = inputs(shape, masked=masked)
-    x, _ = loops(shape).run(guide, mask, seeds, table)
+    x, _ = edit(loops(shape), guide, mask, seeds, table)
     np.testing.assert_allclose(x, on_host(guide, mask, seeds, table), rtol=1e-6, atol=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_a_table_for_each_image_equals_the_host_loop(loops):
         [sdedit.plan(VP, t0=t0, steps=6, sampler=s) for t0, s in ((0.3, "em"), (0.5, "dpmpp-2m-sde"), (0.7, "ddim"))]
     )
     guide, mask, seeds = inputs(shape, masked=True)
-    x, _ = loops(shape).run(guide, mask, seeds, table)
+    x, _ = edit(loops(shape), guide, mask, seeds, table)
     np.testing.assert_allclose(x, on_host(guide, mask, seeds, table), rtol=0, atol=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_normals_are_those_of_the_specification_bit_for_bit(loops, shape, repeat
         loop._driver.synchronize(loop.stream)
         seen[step.repeat, step.number] = loop._host["x"].copy()
 
-    loop.run(np.zeros(shape, np.float32), None, list(range(shape[0])), table, repeats=repeats, on_step=look)
+    edit(loop, np.zeros(shape, np.float32), None, list(range(shape[0])), table, repeats=repeats, on_step=look)
     assert len(seen) == steps * repeats
     for (repeat, number), x in seen.items():
         np.testing.assert_array_equal(x.view(np.uint32), noise(number, repeat, 0).view(np.uint32))
@@ -138,8 +138,8 @@ def test_an_all_white_mask_equals_no_mask_bit_for_bit(loops):
     guide, _, seeds = inputs(shape, masked=False)
     table = sdedit.plan(VP, t0=0.5, steps=5)
     loop = loops(shape)
-    plain = loop.run(guide, None, seeds, table)[0].copy()
-    white = loop.run(guide, np.ones((2, 1, *EVEN[1:]), np.float32), seeds, table)[0]
+    plain = edit(loop, guide, None, seeds, table)[0].copy()
+    white = edit(loop, guide, np.ones((2, 1, *EVEN[1:]), np.float32), seeds, table)[0]
     np.testing.assert_array_equal(plain.view(np.uint32), white.view(np.uint32))
 
 
@@ -148,10 +148,10 @@ def test_results_do_not_depend_on_the_order_of_threads_nor_on_late_streams(loops
     guide, mask, seeds = inputs(shape, masked=True)
     table = sdedit.plan(VP, t0=0.5, steps=5, sampler="er-sde")
     loop = loops(shape)
-    first = loop.run(guide, mask, seeds, table, repeats=2)[0].copy()
+    first = edit(loop, guide, mask, seeds, table, repeats=2)[0].copy()
     double.defer()
     double.run_backwards()
-    again = loop.run(guide, mask, seeds, table, repeats=2)[0]
+    again = edit(loop, guide, mask, seeds, table, repeats=2)[0]
     np.testing.assert_array_equal(first, again)
 
 
@@ -159,11 +159,11 @@ def test_edits_that_follow_each_other_without_a_wait_keep_their_own_inputs(loops
     shape = (1, *EVEN)
     table = sdedit.plan(VP, t0=0.5, steps=5)
     loop = loops(shape)
-    wanted = [loop.run(*inputs(shape, masked=False, seed=k), table)[0].copy() for k in range(3)]
+    wanted = [edit(loop, *inputs(shape, masked=False, seed=k), table)[0].copy() for k in range(3)]
     kept = [driver.allocate(wanted[0].nbytes) for _ in wanted]
     double.defer()
     for k, pointer in enumerate(kept):
-        x = loop.start(*inputs(shape, masked=False, seed=k), table)
+        x = loop.start(Batch(*inputs(shape, masked=False, seed=k), table))
         driver.copy(pointer, x, wanted[0].nbytes, loop.stream)
     for k, pointer in enumerate(kept):
         driver.download(loop._host["x"], pointer, loop.stream)
@@ -180,9 +180,9 @@ def test_an_edit_is_one_graph_launch_and_one_wait(loops):
     guide, mask, seeds = inputs(shape, masked=True)
     table = sdedit.plan(VP, t0=0.5, steps=20)
     loop = loops(shape)
-    loop.run(guide, mask, seeds, table)
+    edit(loop, guide, mask, seeds, table)
     double.reset()
-    loop.run(guide, mask, seeds, table)
+    edit(loop, guide, mask, seeds, table)
     calls = [c for c in double.calls if not c.startswith(("cuCtx", "cuGetProcAddress"))]
     assert calls.count("cuGraphLaunch") == 1
     assert calls.count("cuLaunchKernel") == 2  # start, and pixels at the end
@@ -194,7 +194,7 @@ def test_an_edit_is_one_graph_launch_and_one_wait(loops):
 
 def test_capture_comes_after_one_evaluation_to_warm_up(loops):
     shape = (1, *EVEN)
-    loops(shape).run(*inputs(shape, masked=False), sdedit.plan(VP, t0=0.5, steps=3))
+    edit(loops(shape), *inputs(shape, masked=False), sdedit.plan(VP, t0=0.5, steps=3))
     kernels = [line.split()[1] for line in double.work if line.startswith("kernel")]
     assert kernels == ["sdedit_start", "linear", *["linear", "sdedit_step"] * 3, "sdedit_pixels"]
     calls = double.calls
@@ -206,7 +206,7 @@ def test_a_long_edit_is_several_launches_of_the_same_graph(loops):
     guide, mask, seeds = inputs(shape, masked=False)
     steps = 2 * MOST_STEPS_A_GRAPH + 5
     table = sdedit.plan(VP, t0=0.5, steps=steps)
-    x, _ = loops(shape).run(guide, mask, seeds, table)
+    x, _ = edit(loops(shape), guide, mask, seeds, table)
     assert double.calls.count("cuGraphLaunch") == 3
     assert double.calls.count("cuGraphInstantiate") == 2
     np.testing.assert_allclose(x, on_host(guide, mask, seeds, table), rtol=0, atol=1e-6)
@@ -216,7 +216,7 @@ def test_many_kinds_of_edit_keep_few_graphs(loops):
     shape = (1, 3, 4, 4)
     loop = loops(shape)
     for steps in range(1, 3 * MOST_GRAPHS):
-        loop.run(*inputs(shape, masked=False), sdedit.plan(VP, t0=0.5, steps=steps))
+        edit(loop, *inputs(shape, masked=False), sdedit.plan(VP, t0=0.5, steps=steps))
     assert double.live_objects["executables"] <= MOST_GRAPHS
 
 
@@ -225,11 +225,10 @@ def test_on_step_sees_every_step_and_its_estimate(loops):
     guide, mask, seeds = inputs(shape, masked=True)
     table = sdedit.plan(VP, t0=0.5, steps=4)
     seen, wanted = [], []
-    loops(shape).run(
-        guide, mask, seeds, table, repeats=2,
+    edit(loops(shape), guide, mask, seeds, table, repeats=2,
         on_step=lambda s: seen.append((s.number, s.steps, s.repeat, float(s.sigma), s.denoised.copy())),
     )  # fmt: skip
-    HostExecutor(linear).run(
+    edit(HostExecutor(linear),
         guide, mask, seeds, table, repeats=2,
         on_step=lambda s: wanted.append((s.number, s.steps, s.repeat, float(s.sigma), s.denoised.copy())),
     )  # fmt: skip
@@ -244,8 +243,8 @@ def test_on_step_can_cancel_and_the_loop_can_be_used_again(loops):
     table = sdedit.plan(VP, t0=0.5, steps=6)
     loop = loops(shape)
     with pytest.raises(sdedit.Cancelled, match="cancelled at step 3 of 6"):
-        loop.run(guide, mask, seeds, table, on_step=lambda s: s.number < 3)
-    x, _ = loop.run(guide, mask, seeds, table)
+        edit(loop, guide, mask, seeds, table, on_step=lambda s: s.number < 3)
+    x, _ = edit(loop, guide, mask, seeds, table)
     np.testing.assert_allclose(x, on_host(guide, mask, seeds, table), rtol=0, atol=1e-6)
 
 
@@ -255,7 +254,7 @@ def test_on_step_can_cancel_and_the_loop_can_be_used_again(loops):
 def test_a_network_that_overflows_is_named_with_its_step_and_repeat(loops):
     shape = (1, *EVEN)
     with pytest.raises(sdedit.NetworkError, match=r"NaN or Inf at step 2 of 5 \(repeat 0, σ = "):
-        loops(shape, slope=1e30).run(*inputs(shape, masked=False), sdedit.plan(VP, t0=0.5, steps=5), repeats=2)
+        edit(loops(shape, slope=1e30), *inputs(shape, masked=False), sdedit.plan(VP, t0=0.5, steps=5), repeats=2)
 
 
 def test_without_capture_steps_are_launched_one_by_one_and_that_is_said(loops):
@@ -264,7 +263,7 @@ def test_without_capture_steps_are_launched_one_by_one_and_that_is_said(loops):
     table = sdedit.plan(VP, t0=0.5, steps=5)
     loop = loops(shape)
     double.fail("cuStreamBeginCapture", 900)
-    x, _ = loop.run(guide, mask, seeds, table)
+    x, _ = edit(loop, guide, mask, seeds, table)
     np.testing.assert_allclose(x, on_host(guide, mask, seeds, table), rtol=0, atol=1e-6)
     (note,) = loop.notes
     assert note.startswith("no CUDA graph, steps are launched one by one: the step cannot be captured: ")
@@ -279,7 +278,7 @@ def test_where_several_steps_make_no_graph_each_is_one_and_that_is_said(loops, c
     table = sdedit.plan(VP, t0=0.5, steps=5)
     loop = loops(shape)
     double.fail(call, 2)
-    x, _ = loop.run(guide, mask, seeds, table)
+    x, _ = edit(loop, guide, mask, seeds, table)
     np.testing.assert_allclose(x, on_host(guide, mask, seeds, table), rtol=0, atol=1e-6)
     (note,) = loop.notes
     assert note.startswith("every step is a CUDA graph of its own: ")
@@ -294,7 +293,7 @@ def test_where_no_step_makes_a_graph_that_is_said_too(loops):
     loop = loops(shape)
     for attempt in (1, 2):
         double.fail("cuGraphInstantiate", 2, attempt)
-    x, _ = loop.run(guide, mask, seeds, table)
+    x, _ = edit(loop, guide, mask, seeds, table)
     np.testing.assert_allclose(x, on_host(guide, mask, seeds, table), rtol=0, atol=1e-6)
     assert "cuGraphLaunch" not in double.calls
     assert "steps are launched one by one" in loop.notes[1]
@@ -310,10 +309,10 @@ def test_a_network_that_cannot_be_captured_runs_all_the_same(loops):
     guide, mask, seeds = inputs(shape, masked=True)
     table = sdedit.plan(VP, t0=0.5, steps=5)
     loop = loops(shape, Waits)
-    x, _ = loop.run(guide, mask, seeds, table)
+    x, _ = edit(loop, guide, mask, seeds, table)
     np.testing.assert_allclose(x, on_host(guide, mask, seeds, table), rtol=0, atol=1e-6)
     assert "the step cannot be captured: " in loop.notes[0]
-    x, _ = loop.run(guide, mask, seeds, table)
+    x, _ = edit(loop, guide, mask, seeds, table)
     assert len(loop.notes) == 1
 
 
@@ -322,7 +321,7 @@ def run_once(driver, network, shape):
         pass
     loop = DeviceLoop(driver, network, shape)
     try:
-        loop.run(*inputs(shape, masked=True), sdedit.plan(VP, t0=0.5, steps=3))
+        edit(loop, *inputs(shape, masked=True), sdedit.plan(VP, t0=0.5, steps=3))
     finally:
         loop.close()
 
@@ -369,7 +368,7 @@ def test_kernels_of_another_interface_run_nothing_and_say_so(loops):
     loop = loops(shape)
     loop._edit["interface"] = 2
     with pytest.raises(sdedit.DeviceError, match="another interface version"):
-        loop.run(*inputs(shape, masked=False), sdedit.plan(VP, t0=0.5, steps=2))
+        edit(loop, *inputs(shape, masked=False), sdedit.plan(VP, t0=0.5, steps=2))
 
 
 # --- other libraries' tensors ------------------------------------------------------------------------------------
@@ -531,7 +530,7 @@ def test_a_kept_step_cannot_be_read_later(loops):
     shape = (1, *EVEN)
     kept = []
     loop = loops(shape)
-    loop.run(*inputs(shape, masked=False), sdedit.plan(VP, t0=0.5, steps=2), on_step=kept.append)
+    edit(loop, *inputs(shape, masked=False), sdedit.plan(VP, t0=0.5, steps=2), on_step=kept.append)
     with pytest.raises(sdedit.OptionError, match="a step that has passed"):
         _ = kept[0].denoised
 

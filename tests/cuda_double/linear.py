@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cuda_double import FOLDER, build, load
+from sdedit.executor import Batch
 
 double = load(build(Path(os.environ.get("SDEDIT_DOUBLE_FOLDER") or tempfile.mkdtemp()), [FOLDER / "device_loop.cpp"]))
 
@@ -47,3 +48,8 @@ class LinearNetwork:
 
 def linear(x, sigma):
     return SLOPE * x + (OFFSET / (1 + sigma)).reshape(-1, 1, 1, 1)
+
+
+def edit(loop, guide, mask, seeds, table, *, repeats=1, on_step=None):
+    """What the loop makes of this: x and pixels."""
+    return loop.run(Batch(guide, mask, seeds, table, repeats), on_step)

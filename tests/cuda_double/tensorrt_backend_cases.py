@@ -16,7 +16,7 @@ import pytest
 from closed_form import SDES, metadata
 
 import sdedit
-from cuda_double.linear import LINEAR, OFFSET, SLOPE, double, linear
+from cuda_double.linear import LINEAR, OFFSET, SLOPE, double, edit, linear
 from sdedit.backends import tensorrt as backend
 from sdedit.cli.main import main
 from sdedit.executor import HostExecutor
@@ -184,7 +184,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
 def on_host(editor, picture, seeds, steps=6, **options):
     table = sdedit.plan(editor.sde, t0=0.5, steps=steps)
     guide = np.stack([np.moveaxis(picture.astype(np.float32) / np.float32(127.5) - 1, 2, 0)] * len(seeds))
-    return HostExecutor(linear).run(guide, None, seeds, table, repeats=1, on_step=None)[0]
+    return edit(HostExecutor(linear), guide, None, seeds, table)[0]
 
 
 def test_an_edit_with_a_plan_equals_the_host_loop(write_plan):
