@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file",
         nargs="?",
         metavar="FILE",
-        help="an artifact, a plan, or a PNG that 'sdedit edit' wrote (default: the bundled model)",
+        help="an artifact, a plan, an edit of --loop, or a PNG that 'sdedit edit' wrote (default: the bundled model)",
     )
     add_schedule(parser)
     add_json(parser)
@@ -34,6 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     if path.suffix.lower() == ".png":
         fields = record.read_json(path)
         print_json({"path": str(path), "record": fields} if arguments.json else fields)
+        return OK
+    if path.suffix != ".plan" and (edit := artifact.loop_metadata(path)) is not None:
+        print_json({"path": str(path), "edit": edit} if arguments.json else edit)
         return OK
     described: dict[str, Any]
     if path.suffix == ".plan":

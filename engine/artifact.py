@@ -116,6 +116,11 @@ def read(path: Path) -> Artifact:
     """Open and validate an artifact. Raises ArtifactError that says which field is wrong, and how."""
     model, size = _read_onnx(path)
     text = model.metadata.get("sdedit")
+    if "sdedit_loop" in model.metadata and text is None:
+        raise ArtifactError(
+            f"{path}: is a whole edit ('sdedit export --loop'), not a network",
+            hint="run it with ONNX Runtime alone, or name the artifact that it was made from",
+        )
     if text is None:
         raise ArtifactError(f"{path}: an ONNX file without our metadata (property 'sdedit')", hint=EXPORT_HINT)
     try:
@@ -126,6 +131,15 @@ def read(path: Path) -> Artifact:
         return validate(path, model, size, metadata)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}", hint=error.hint) from None
+
+
+def loop_metadata(path: Path) -> Any:
+    """What an ONNX file that is a whole edit says of itself, its `sdedit_loop` object; None for any other file."""
+    text = _read_onnx(path)[0].metadata.get("sdedit_loop")
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: metadata 'sdedit_loop' is not JSON: {error}", hint=EXPORT_HINT) from error
 
 
 def is_artifact(path: Path) -> bool:

@@ -415,5 +415,14 @@ def test_without_a_source_it_is_the_bundled_model(tmp_path, capsys):
 
 def test_what_is_no_artifact_is_refused(written, tmp_path, capsys):
     assert main(["export", "--loop", str(written), "-o", str(tmp_path / "again.onnx")]) == 1
-    assert "an ONNX file without our metadata" in capsys.readouterr().err
+    assert "is a whole edit" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_shows_what_an_edit_is_and_edit_refuses_it_as_a_network(network, tmp_path, capsys):
+    target = tmp_path / "edit.onnx"
+    loop_graph.write(artifact.read(network), target, SCHEDULE)
+    assert main(["inspect", str(target), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["edit"]["steps"] == SCHEDULE["steps"]
+    assert main(["edit", "guide.png", "-m", str(target), "-o", str(tmp_path / "out.png")]) == 1
+    assert "is a whole edit ('sdedit export --loop'), not a network" in capsys.readouterr().err
