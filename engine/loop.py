@@ -87,7 +87,8 @@ def denoise(
                 f"the network returned shape {denoised.shape}; wanted {x.shape}", hint="check the model's output"
             )
         if not np.isfinite(denoised.sum()) and not np.isfinite(denoised).all():
-            raise not_finite(number, table, repeat)
+            bad = int(np.count_nonzero(~np.isfinite(denoised)))
+            raise not_finite(f"{bad} NaN or Inf values", number, table, repeat)
         np.multiply(denoised, b, out=work)
         if two_step:
             if corrected[number - 1]:
@@ -134,10 +135,10 @@ def _per_image(values: NDArray[np.float64], x: Array) -> Any:
     return values.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def not_finite(number: int, table: StepTable, repeat: int) -> NetworkError:
-    """The error for a D of step `number` that holds NaN or Inf."""
+def not_finite(what: str, number: int, table: StepTable, repeat: int) -> NetworkError:
+    """The error for a D of step `number` that holds NaN or Inf: `what` says so, with their count where it is known."""
     sigma = np.max(table.column("sigma")[..., number - 1])
     return NetworkError(
-        f"the network returned NaN or Inf at step {number} of {table.steps} (repeat {repeat}, σ = {sigma:.4g})",
+        f"the network returned {what} at step {number} of {table.steps} (repeat {repeat}, σ = {sigma:.4g})",
         hint="the model may overflow in its precision, or not know this σ: use an fp32 model or a smaller t0",
     )

@@ -216,7 +216,13 @@ def test_the_sidecar_says_what_was_built(built, small, rtx):
     }
     assert sidecar["library"] == {"name": "tensorrt-rtx", "version": trt.__version__}
     assert sidecar["metadata"] == small.metadata
-    assert sidecar["flags"] == {"strongly_typed": True, "tf32": False, "workspace_bytes": None, "detailed": False}
+    assert sidecar["flags"] == {
+        "strongly_typed": True,
+        "tf32": False,
+        "user_allocation": True,
+        "workspace_bytes": None,
+        "detailed": False,
+    }
     assert sidecar["plan"]["bytes"] == len(built.data)
     assert sidecar["activation_bytes"] == list(built.activation_bytes)
     assert sidecar["build_seconds"] > 0

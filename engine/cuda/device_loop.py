@@ -141,7 +141,7 @@ class DeviceLoop:
             raise DeviceError("the kernels have another interface version", hint="reinstall sdedit-engine")
         if fault:
             repeat, step = divmod(fault - 1, table.steps)
-            raise not_finite(step + 1, table, repeat)
+            raise not_finite("NaN or Inf", step + 1, table, repeat)
 
     def close(self) -> None:
         """Free everything that was allocated here, the network's binding too."""
