@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", help="the weights' licence, kept in the metadata")
     parser.add_argument(
         "--guide", action="append", metavar="PICTURE",
-        help="picture to verify and calibrate with (default: bundled); with --loop: uint8 (default) or float32",
+        help="picture to verify and calibrate with (default: bundled); for a whole edit: uint8 (default) or float32",
     )  # fmt: skip
     parser.add_argument("--allow-inaccurate", action="store_true", help="write it also when verification fails, marked")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
@@ -86,13 +86,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.preset == "list":
         return list_presets()
+    others = (*OF_EVERY, *TOLD, *SAID, *OF_MODULE, *OF_ONNX)
+    if arguments.triton is not None:
+        return export_loop.run_triton(arguments, others)
     if arguments.output is None:
         raise OptionError("no file to write", hint="-o MODEL.onnx")
     target = Path(arguments.output)
     if target.suffix != ".onnx":
         raise OptionError(f"{target}: an artifact's name ends in .onnx", hint="-o MODEL.onnx")
     if arguments.loop:
-        return export_loop.run(arguments, (*OF_EVERY, *TOLD, *SAID, *OF_MODULE, *OF_ONNX))
+        return export_loop.run(arguments, others)
     export_loop.require_unused(arguments)
     output.check(
         [target], force=arguments.force, inputs=[Path(p) for p in (arguments.source, arguments.checkpoint) if p]

@@ -1,15 +1,20 @@
-"""`sdedit export --loop`: an artifact becomes the whole edit in one ONNX file."""
+"""`sdedit export --loop` and `--triton`: an artifact becomes the whole edit in one ONNX file, alone or to be served."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sdedit.cli.arguments import add_schedule, positive
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import print_json, say
 from sdedit.errors import OptionError
 
-OPTIONS = ("t0", "steps", "sampler", "eta", "repeats", "mask", "noise")  # of --loop alone
+if TYPE_CHECKING:
+    from sdedit.artifact import Artifact
+    from sdedit.editor import EditOptions
+
+OPTIONS = ("t0", "steps", "sampler", "eta", "repeats", "mask", "noise")  # of a whole edit alone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loop", action="store_true",
         help="write an ONNX file with inputs guide and seed, output image (SOURCE: an artifact; default: the bundled)",
     )  # fmt: skip
+    group.add_argument(
+        "--triton", metavar="REPO",
+        help="write it as a model of Triton Inference Server, REPO/NAME/…, instead of -o; backend onnxruntime",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-batch", type=positive, metavar="N", help="with --triton: requests served at once (default 8)"
+    )
     add_schedule(group)
     group.add_argument("--repeats", type=positive, metavar="K", help="passes, each from the last one's result")
     group.add_argument("--mask", action="store_true", help="with a further input, mask")
@@ -27,38 +39,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def require_unused(arguments: argparse.Namespace) -> None:
-    """Raise OptionError for an option of --loop, which is not there."""
+    """Raise OptionError for an option of --loop or --triton, which are not there."""
     for name in OPTIONS:
         if getattr(arguments, name) not in (None, False):
             raise OptionError(f"--{name} goes with --loop", hint="sdedit export --loop MODEL.onnx -o EDIT.onnx")
+    require_no_batch(arguments)
+
+
+def require_no_batch(arguments: argparse.Namespace) -> None:
+    if arguments.max_batch is not None:
+        raise OptionError("--max-batch goes with --triton", hint="sdedit export --triton REPO MODEL.onnx")
 
 
 def run(arguments: argparse.Namespace, others: Sequence[str]) -> int:
     """others: the flags of an export without --loop."""
+    require_no_batch(arguments)
+    opened, options, guide = read(arguments, others, "--loop")
+    from sdedit.export import loop_graph
+
+    metadata = loop_graph.write(
+        opened, Path(arguments.output), options.schedule(), repeats=options.repeats, mask=arguments.mask,
+        guide=guide, noise=arguments.noise or "graph", force=arguments.force,
+    )  # fmt: skip
+    show(arguments, opened, options, arguments.output, metadata)
+    return OK
+
+
+def run_triton(arguments: argparse.Namespace, others: Sequence[str]) -> int:
+    """others: the flags of an export without --loop. The name is the model's in Triton."""
+    if arguments.noise not in (None, "graph"):
+        raise OptionError(
+            "--noise is not for --triton: given noise has the batch as its second dimension, and Triton batches the "
+            "first", hint="leave it out: the noise is made inside, from the seed",
+        )  # fmt: skip
+    opened, options, guide = read(arguments, (*(name for name in others if name != "name"), "output"), "--triton")
+    from sdedit.export import triton
+
+    folder, metadata = triton.write(
+        opened, Path(arguments.triton), options.schedule(), name=arguments.name,
+        max_batch=arguments.max_batch or triton.MAX_BATCH, repeats=options.repeats, mask=arguments.mask, guide=guide,
+        force=arguments.force,
+    )  # fmt: skip
+    show(arguments, opened, options, str(folder), metadata)
+    return OK
+
+
+def read(arguments: argparse.Namespace, others: Sequence[str], what: str) -> "tuple[Artifact, EditOptions, str]":
+    """The artifact, the options of its edit and the form of the guide. Raises OptionError for any of `others`."""
     from sdedit import artifact
     from sdedit.cli.export import import_export, require_none
     from sdedit.editor import EditOptions
 
-    require_none(arguments, others, "--loop")
+    require_none(arguments, others, what)
     if arguments.family not in ("auto", "artifact"):
-        raise OptionError(f"--loop takes one of our artifacts, not {arguments.family}", hint="leave --family out")
+        raise OptionError(f"{what} takes one of our artifacts, not {arguments.family}", hint="leave --family out")
     forms = arguments.guide or ["uint8"]
     if len(forms) > 1:
-        raise OptionError("--guide is given more than once", hint="with --loop it is the form of the input")
+        raise OptionError("--guide is given more than once", hint=f"with {what} it is the form of the input")
     given = {name: getattr(arguments, name) for name in ("t0", "steps", "sampler", "eta")}
     repeats = 1 if arguments.repeats is None else arguments.repeats
     import_export()
-    from sdedit.export import loop_graph
-
     opened = artifact.read(Path(arguments.source) if arguments.source else artifact.BUNDLED)
-    options = EditOptions(**given, repeats=repeats).resolved(opened.defaults)
-    metadata = loop_graph.write(
-        opened, Path(arguments.output), options.schedule(), repeats=options.repeats, mask=arguments.mask,
-        guide=forms[0], noise=arguments.noise or "graph", force=arguments.force,
-    )  # fmt: skip
+    return opened, EditOptions(**given, repeats=repeats).resolved(opened.defaults), forms[0]
+
+
+def show(
+    arguments: argparse.Namespace, opened: "Artifact", options: "EditOptions", written: str, metadata: dict[str, Any]
+) -> None:
     say(f"the edit of {opened.name}: t0 {options.t0:g}, {options.steps} steps, {options.sampler}")
     if arguments.json:
-        print_json({"output": arguments.output, loop_graph.PROPERTY: metadata})
+        print_json({"output": written, "sdedit_loop": metadata})
     else:
-        print(arguments.output)
-    return OK
+        print(written)
