@@ -25,6 +25,47 @@ def add_schedule(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """How guides enter the model, its further inputs, and what executes it."""
+    parser.add_argument(
+        "--repeats", type=int, metavar="K", help="passes, each starting from the last one's result (default 1)"
+    )
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="WxH",
+        help="width and height, of a model exported with --dynamic (default: its own)",
+    )
+    parser.add_argument(
+        "--fit",
+        metavar="F",
+        help="how a guide of another size enters the model's frame: crop (default), pad, stretch or exact",
+    )
+    parser.add_argument(
+        "--set",
+        type=condition,
+        action="append",
+        metavar="NAME=VALUE",
+        help="a further input of the model, such as class_label=3",
+    )
+    parser.add_argument(
+        "--backend", metavar="B", help="auto (default), ort-cpu, ort-cuda, ort-tensorrt, tensorrt or tensorrt-rtx"
+    )
+    parser.add_argument(
+        "--ep-option",
+        type=pair,
+        action="append",
+        metavar="KEY=VALUE",
+        help="an option of the execution provider of ort-cuda or ort-tensorrt, in ONNX Runtime's own words",
+    )
+    parser.add_argument(
+        "--precision", metavar="P", help="refuse a model of another precision than P (fp32, fp16, bf16, int8)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="T", help="CPU threads of the network (default: every core this process may use)"
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

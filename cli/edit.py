@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import add_json, add_model, add_schedule, condition, pair, size
+from sdedit.cli.arguments import add_json, add_model, add_running, add_schedule
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import ProgressBar, print_json, say
 from sdedit.errors import BackendUnavailable, OptionError
@@ -37,43 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="picture of the guide's size: white repaints, black keeps; once for all guides, or once for each",
     )
-    parser.add_argument(
-        "--repeats", type=int, metavar="K", help="passes, each starting from the last one's result (default 1)"
-    )
-    parser.add_argument(
-        "--size",
-        type=size,
-        metavar="WxH",
-        help="width and height, of a model exported with --dynamic (default: its own)",
-    )
-    parser.add_argument(
-        "--fit",
-        metavar="F",
-        help="how a guide of another size enters the model's frame: crop (default), pad, stretch or exact",
-    )
-    parser.add_argument(
-        "--set",
-        type=condition,
-        action="append",
-        metavar="NAME=VALUE",
-        help="a further input of the model, such as class_label=3",
-    )
-    parser.add_argument(
-        "--backend", metavar="B", help="auto (default), ort-cpu, ort-cuda, ort-tensorrt, tensorrt or tensorrt-rtx"
-    )
-    parser.add_argument(
-        "--ep-option",
-        type=pair,
-        action="append",
-        metavar="KEY=VALUE",
-        help="an option of the execution provider of ort-cuda or ort-tensorrt, in ONNX Runtime's own words",
-    )
-    parser.add_argument(
-        "--precision", metavar="P", help="refuse a model of another precision than P (fp32, fp16, bf16, int8)"
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="T", help="CPU threads of the network (default: every core this process may use)"
-    )
+    add_running(parser)
     parser.add_argument(
         "--replay",
         metavar="OUT.png",

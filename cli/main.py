@@ -13,11 +13,19 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import sdedit
-from sdedit.cli import build, doctor, edit, export, inspect, verify
+from sdedit.cli import batch, build, doctor, edit, export, inspect, verify
 from sdedit.cli.exits import FAILED, INTERRUPTED, OK, OUT_OF_TOLERANCE, USAGE
 from sdedit.errors import OptionError, OutOfTolerance, SdeditError
 
-COMMANDS = {"edit": edit, "export": export, "build": build, "verify": verify, "inspect": inspect, "doctor": doctor}
+COMMANDS = {
+    "edit": edit,
+    "batch": batch,
+    "export": export,
+    "build": build,
+    "verify": verify,
+    "inspect": inspect,
+    "doctor": doctor,
+}
 
 
 class Parser(argparse.ArgumentParser):

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from sdedit.errors import OutputError as OutputError
     from sdedit.errors import ReplayError as ReplayError
     from sdedit.errors import SdeditError as SdeditError
+    from sdedit.folder import FolderProgress as FolderProgress
+    from sdedit.folder import FolderResult as FolderResult
+    from sdedit.folder import edit_folder as edit_folder
     from sdedit.loop import Denoiser as Denoiser
     from sdedit.loop import Step as Step
     from sdedit.loop import denoise as denoise
@@ -52,6 +55,7 @@ _HOME = {
         "editor": "Editor EditOptions EditResult Progress Result Timings load",
         "errors": "ArtifactError BackendUnavailable Cancelled DeviceError ImageError NetworkError OptionError "
         "OutOfTolerance OutputError ReplayError SdeditError",
+        "folder": "FolderProgress FolderResult edit_folder",
         "loop": "Denoiser Step denoise perturb",
         "noise": "Noise NoiseSource",
         "schedule": "SAMPLERS StepTable plan",

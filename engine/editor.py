@@ -1,7 +1,8 @@
 """The one verb: load an artifact, edit pictures with it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -140,8 +141,8 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One result to make: a guide in the model's frame, and the seed."""
+class Job:
+    """One result to make: a guide in the model's frame, and the seed. Made by `Editor.prepare`."""
 
     guide: Picture
     mask: Picture | None
@@ -180,7 +181,7 @@ class Editor:
         jobs = self._jobs(_listed(guides), None if mask is None else _listed(mask), chosen)
         groups = [jobs[at : at + chosen.batch] for at in range(0, len(jobs), chosen.batch)]
         total = len(groups) * chosen.repeats * table.steps
-        made: list[tuple[_Job, Array, Pixels]] = []
+        made: list[tuple[Job, Array, Pixels]] = []
         with self.backend.executor(chosen.batch, chosen.conditions, chosen.size) as executor:
             loop_began = time.perf_counter()
             for group in groups:
@@ -188,9 +189,32 @@ class Editor:
                 made.extend(_run(group, chosen, table, executor, report))
             loop_s = time.perf_counter() - loop_began
             notes = tuple(executor.notes)
-        results = tuple(Result(j.guide, j.mask, j.placement, j.seed, x, pixels) for j, x, pixels in made)
+        results = tuple(_result(*one) for one in made)
         timings = Timings(1e3 * (time.perf_counter() - began), 1e3 * loop_s, executor.network_ms, executor.evaluations)
         return EditResult(results, chosen, timings, notes)
+
+    def prepare(self, guide: Source, options: EditOptions, *, seed: int = 0, mask: Source | None = None) -> Job:
+        """Read a guide, and its mask, for `batches`; from any thread. options: resolved. Raises ImageError."""
+        picture, omega_full, omega = image.read(guide, self.artifact.channels), None, None
+        read_mask: Picture | None = None
+        if mask is not None:
+            omega_full, read_mask = image.read_mask(mask, picture)
+        placement = image.place(picture, self.artifact.frame(options.size), options.fit, omega_full)
+        if omega_full is not None:
+            omega = image.mask_to_model(omega_full, placement)
+        return Job(picture, read_mask, placement, image.to_model(picture, placement), omega, omega_full, seed)
+
+    @contextmanager
+    def batches(self, options: EditOptions) -> Iterator[Callable[[Sequence[Job]], list[Result]]]:
+        """For the length of a `with` block, a function that edits up to `options.batch` prepared jobs at once.
+
+        All of the jobs have a mask or none has; each keeps its own seed. A short batch is filled up, so a result
+        does not depend on its neighbours. For one thread at a time. options: resolved. Raises OptionError,
+        NetworkError.
+        """
+        table = plan(self.sde, **options.schedule())
+        with self.backend.executor(options.batch, options.conditions, options.size) as executor:
+            yield lambda jobs: [_result(*made) for made in _run(list(jobs), options, table, executor, None)]
 
     def edit_tensor(self, guide: Any, *, mask: Any = None, stream: Any = None, **options: Any) -> "GpuTensor":
         """Edit a batch that lies on the GPU; no picture passes through the host.
@@ -212,25 +236,17 @@ class Editor:
             )
         return edit_tensor(self.backend.on_gpu(), self.artifact, guide, mask, stream, make_options(options))
 
-    def _jobs(self, guides: list[Source], masks: list[Source] | None, options: EditOptions) -> list[_Job]:
+    def _jobs(self, guides: list[Source], masks: list[Source] | None, options: EditOptions) -> list[Job]:
         if not guides:
             raise OptionError("no guide to edit", hint="pass at least one picture")
         if masks is not None and len(masks) not in (1, len(guides)):
             raise OptionError(f"{len(masks)} masks for {len(guides)} guides", hint="give one mask for all, or one each")
-        frame = self.artifact.frame(options.size)
         jobs = []
         for index, source in enumerate(guides):
-            guide = image.read(source, self.artifact.channels)
-            omega_full = picture = omega = None
-            if masks is not None:
-                omega_full, picture = image.read_mask(masks[index if len(masks) > 1 else 0], guide)
-            placement = image.place(guide, frame, options.fit, omega_full)
-            if omega_full is not None:
-                omega = image.mask_to_model(omega_full, placement)
-            x = image.to_model(guide, placement)
-            for sample in range(options.samples):
-                seed = result_seed(options.seed, index * options.samples + sample)
-                jobs.append(_Job(guide, picture, placement, x, omega, omega_full, seed))
+            mask = None if masks is None else masks[index if len(masks) > 1 else 0]
+            job = self.prepare(source, options, mask=mask)
+            first = index * options.samples
+            jobs += [replace(job, seed=result_seed(options.seed, first + n)) for n in range(options.samples)]
         return jobs
 
 
@@ -292,8 +308,8 @@ def _conditions(given: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def _run(
-    group: list[_Job], options: EditOptions, table: StepTable, executor: Executor, on_step: OnStep | None
-) -> list[tuple[_Job, Array, Pixels]]:
+    group: list[Job], options: EditOptions, table: StepTable, executor: Executor, on_step: OnStep | None
+) -> list[tuple[Job, Array, Pixels]]:
     """One batch. A short group is filled up, so that a result never depends on how many others there were."""
     full = group + [group[-1]] * (options.batch - len(group))
     guide = np.stack([job.x for job in full])
@@ -303,11 +319,15 @@ def _run(
     return list(zip(group, xs, pixels, strict=False))  # a batch that was filled up has more x than jobs
 
 
+def _result(job: Job, x: Array, pixels: Pixels) -> Result:
+    return Result(job.guide, job.mask, job.placement, job.seed, x, pixels)
+
+
 class _Report:
     """What `on_step` is told of a step, in the words of a whole edit."""
 
     def __init__(
-        self, on_step: Callable[[Progress], bool | None], executor: Executor, total: int, group: list[_Job]
+        self, on_step: Callable[[Progress], bool | None], executor: Executor, total: int, group: list[Job]
     ) -> None:
         self._on_step, self._executor, self._total, self._group = on_step, executor, total, group
 
@@ -316,7 +336,7 @@ class _Report:
         return self._on_step(Progress(done, self._total, step, partial(_pixels, self._group)))
 
 
-def _pixels(jobs: Sequence[_Job], xs: Sequence[Array] | Array) -> list[Pixels]:
+def _pixels(jobs: Sequence[Job], xs: Sequence[Array] | Array) -> list[Pixels]:
     """The pictures of these jobs: the whole frame, or pasted into the guide where there is a mask."""
     return [
         image.to_pixels(x) if job.omega_full is None else image.paste(job.guide, job.omega_full, x, job.placement)

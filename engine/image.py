@@ -144,13 +144,18 @@ def _to_pixels(image: Image.Image, channels: int, label: str, role: str) -> tupl
     return pixels.reshape(*pixels.shape[:2], channels), tuple(notes)
 
 
+def checked_fit(fit: str) -> str:
+    """`fit`, if it is one of FITS. Raises OptionError."""
+    if fit not in FITS:
+        raise OptionError(f"unknown fit {fit!r}", hint=f"choose one of {', '.join(FITS)}")
+    return fit
+
+
 def place(guide: Picture, frame: tuple[int, int], fit: str, mask: Floats | None = None) -> Placement:
     """Where `guide` goes in a frame (width, height). With a mask, a crop is shifted to cover what it repaints."""
     width, height = guide.size
     whole, full = (0, 0, width, height), (0, 0, *frame)
-    if fit not in FITS:
-        raise OptionError(f"unknown fit {fit!r}", hint=f"choose one of {', '.join(FITS)}")
-    if fit == "exact" and guide.size != frame:
+    if checked_fit(fit) == "exact" and guide.size != frame:
         raise ImageError(
             f"{guide.label}: is {width}x{height}; the model's frame is {frame[0]}x{frame[1]}",
             hint="--fit crop, pad or stretch resizes it",

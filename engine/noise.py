@@ -32,6 +32,7 @@ L0 … L7, S0 … S2, C2 … C4, LN2 and TURN are the constants below; the code 
 which scales every step exactly. Normals are within 3 ulp of the exact ones.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -295,3 +296,9 @@ def checked_seed(seed: object) -> int:
 def result_seed(seed: int, j: int) -> int:
     """The seed of result number j of an edit."""
     return (seed + j) % 2**64
+
+
+def file_seed(seed: int, relative: str) -> int:
+    """The seed of a file of a folder job. relative: its path below the folder, with slashes on every system."""
+    name = relative.encode("utf-8", "surrogateescape")  # a name that is not text counts as the bytes it is
+    return (seed + int.from_bytes(hashlib.sha256(name).digest()[:8], "little")) % 2**64

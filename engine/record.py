@@ -16,7 +16,7 @@ from PIL import Image
 import sdedit
 from sdedit.backends.ort import MOST_THREADS
 from sdedit.checks import whole
-from sdedit.editor import EditOptions, Editor, EditResult, make_options
+from sdedit.editor import EditOptions, Editor, EditResult, Result, make_options
 from sdedit.errors import ReplayError, SdeditError
 from sdedit.noise import SPECIFICATION
 
@@ -26,11 +26,16 @@ FORMAT = 1
 
 def make(editor: Editor, result: EditResult, index: int) -> dict[str, Any]:
     """The record of result number `index`, as if it had been made alone."""
-    one, backend = result.results[index], editor.backend
+    return describe(editor, result.options, result.results[index])
+
+
+def describe(editor: Editor, options: EditOptions, one: Result) -> dict[str, Any]:
+    """The record of one result that was made with these options and its own seed."""
+    backend = editor.backend
     told = {"provider_options": dict(backend.provider_options)} if backend.provider_options else {}
     return {
         "format": FORMAT,
-        "options": asdict(replace(result.options, seed=one.seed, samples=1)),
+        "options": asdict(replace(options, seed=one.seed, samples=1)),
         "noise": SPECIFICATION,
         "artifact": {"name": editor.artifact.name, "sha256": editor.artifact.sha256},
         "guide": {"sha256": one.guide.sha256},

@@ -803,8 +803,12 @@ def test_a_path_that_leads_to_no_model_is_refused(
     refused(edit_with(bad) if command == "edit" else ["inspect", bad], 1, f"{bad}: {text}")
 
 
-def test_a_plan_is_not_run(refused: Callable[..., Ran], edit_with: Callable[[Path], list[Any]], tmp_path: Path) -> None:
-    refused(edit_with(tmp_path / "model.plan"), 1, "model.plan: TensorRT plans are not run by this version")
+def test_a_plan_that_is_not_there_or_has_no_sidecar(
+    refused: Callable[..., Ran], edit_with: Callable[[Path], list[Any]], tmp_path: Path
+) -> None:
+    refused(edit_with(tmp_path / "model.plan"), 1, "model.plan: no such file")
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    refused(edit_with(tmp_path / "model.plan"), 1, "model.plan: its sidecar model.plan.json is not beside it")
 
 
 def test_a_missing_bundled_model_is_an_error(

@@ -1,0 +1,93 @@
+"""`sdedit batch`: a folder of guides in, a folder of pictures out."""
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from sdedit.cli.arguments import add_json, add_model, add_running, add_schedule
+from sdedit.cli.exits import OK
+from sdedit.cli.terminal import ProgressBar, print_json, say
+from sdedit.errors import ImageError
+
+if TYPE_CHECKING:
+    from sdedit.folder import FolderProgress, FolderResult
+
+HELP = "edit every picture of a folder; started again, finish what is left"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "guides", metavar="IN", help="folder of guides, with all its folders: PNG, JPEG, WebP, TIFF and BMP"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="folder for the results, PNGs of the guides' names"
+    )
+    parser.add_argument("--masks", metavar="DIR", help="folder of masks of the guides' names: white repaints")
+    add_model(parser)
+    add_schedule(parser)
+    parser.add_argument("--seed", type=int, help="with a file's path below IN it makes the file's seed (default 0)")
+    add_running(parser)
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="pictures in a network call; faster on a GPU (default 1)"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads that read and write pictures (default: one a core, at most 4)"
+    )
+    parser.add_argument("--force", action="store_true", help="start over, and replace existing output files")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sdedit.cli.edit import open_fresh
+    from sdedit.folder import edit_folder
+
+    editor, options = open_fresh(arguments)
+    bar = ProgressBar("pictures")
+
+    def on_file(progress: "FolderProgress") -> None:
+        if progress.error is not None:
+            bar.close()
+            say(_about(progress.path, progress.error))
+        bar.update(progress.done, progress.total)
+
+    try:
+        result = edit_folder(
+            editor,
+            arguments.guides,
+            arguments.output,
+            masks=arguments.masks,
+            workers=arguments.workers,
+            force=arguments.force,
+            on_file=on_file,
+            **options,
+        )
+    finally:
+        bar.close()
+    if arguments.json:
+        print_json(report(result))
+    else:
+        print(f"{result.edited} edited, {result.kept} done before, {len(result.failed)} failed: {result.manifest}")
+    if result.failed:
+        failed, total = len(result.failed), result.edited + result.kept + len(result.failed)
+        raise ImageError(
+            f"{failed} of {total} pictures could not be edited", hint="mend them and run the same command again"
+        )
+    return OK
+
+
+def report(result: "FolderResult") -> dict[str, Any]:
+    """The object that --json prints."""
+    return {
+        "options": asdict(result.options),
+        "manifest": str(result.manifest),
+        "edited": result.edited,
+        "kept": result.kept,
+        "failed": {path: str(error) for path, error in result.failed.items()},
+        "total_ms": result.total_ms,
+    }
+
+
+def _about(path: str | None, error: Exception) -> str:
+    """The error, with the file's name where it does not say it."""
+    message = " ".join(str(error).split())
+    return message if path is not None and path in message else f"{path}: {message}"
