@@ -51,10 +51,10 @@ Lease = AbstractContextManager[Executor]  # an executor for the length of one ed
 
 
 class HostExecutor:
-    """The loop in NumPy, around a denoiser."""
+    """The loop in NumPy, around a denoiser. draws_ahead: noise in a thread beside the network's first evaluation."""
 
-    def __init__(self, denoiser: Denoiser) -> None:
-        self._denoiser = denoiser
+    def __init__(self, denoiser: Denoiser, *, draws_ahead: bool = False) -> None:
+        self._denoiser, self._draws_ahead = denoiser, draws_ahead
         self.evaluations = 0
         self.network_ms: float | None = None
         self.notes: Sequence[str] = ()
@@ -65,6 +65,8 @@ class HostExecutor:
         start, inside = guide, None if mask is None else guide
         for repeat in range(batch.repeats):
             x = perturb(start, table, noise, repeat=repeat)
+            if self._draws_ahead and table.column("c").any():
+                noise.draw_ahead(repeat)
             edited = denoise(self._evaluate, x, table, noise, repeat=repeat, guide=inside, mask=mask, on_step=on_step)
             start = blend(guide, edited, mask)
         return edited, None

@@ -33,6 +33,7 @@ which scales every step exactly. Normals are within 3 ulp of the exact ones.
 """
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -111,9 +112,26 @@ class Noise:
         ]
         self._generators = {count: _Generator(self._at_once, count) for _, count in self._pieces}  # at most two sizes
         self._drawn: dict[int, tuple[int, int, NDArray[np.float32]]] = {}  # stream -> first step, repeat, normals
+        self._drawing: threading.Thread | None = None
+
+    def draw_ahead(self, repeat: int) -> None:
+        """Begin to draw what the steps of this pass add to x, in a thread, while the network has its first turn."""
+        self._settle()
+
+        def draw() -> None:
+            self._drawn[STREAM_STATE] = 1, repeat, self._draw(1, repeat, STREAM_STATE, np.empty((0, 0, 0), np.float32))
+
+        self._drawing = threading.Thread(target=draw, daemon=True)
+        self._drawing.start()
+
+    def _settle(self) -> None:
+        if self._drawing is not None:
+            self._drawing.join()
+            self._drawing = None
 
     def __call__(self, step: int, repeat: int, stream: int) -> NDArray[np.float32]:
         """Standard normals (B, C, H, W) float32. The buffer is reused by a later call."""
+        self._settle()
         first, drawn_repeat, normals = self._drawn.get(stream) or (0, -1, np.empty((0, 0, 0), np.float32))
         if drawn_repeat != repeat or not first <= step < first + len(normals):
             first, normals = step, self._draw(step, repeat, stream, normals)

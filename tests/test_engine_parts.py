@@ -106,3 +106,13 @@ def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
     out = editor.edit(guide, **options)
     assert (out.options.t0, out.options.steps, out.seeds) == (0.5, 2, [3, 4])
     assert [type(value) for value in (out.options.t0, out.options.steps, out.options.seed)] == [float, int, int]
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (3, 5, 7)])
+def test_noise_that_was_drawn_ahead_is_the_same(shape: tuple[int, ...]) -> None:
+    plain, ahead = (sdedit.Noise([3, 2**64 - 1], shape, steps=30) for _ in range(2))
+    for repeat in (0, 1):
+        assert np.array_equal(plain(0, repeat, 0), ahead(0, repeat, 0))
+        ahead.draw_ahead(repeat)
+        for step, stream in ((1, 0), (1, 1), (2, 0), (17, 1), (30, 0)):
+            assert np.array_equal(plain(step, repeat, stream), ahead(step, repeat, stream))

@@ -89,7 +89,7 @@ class OrtBackend:
         return _Bound(self._session, shape, extra, shares_memory=self.name == "ort-cpu")
 
     def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
-        return nullcontext(HostExecutor(self.bind(batch, conditions, size)))
+        return nullcontext(HostExecutor(self.bind(batch, conditions, size), draws_ahead=self.threads > 1))
 
     def on_gpu(self) -> "GpuBackend":
         raise OptionError(f"{self.name} has no tensors on a GPU", hint="open the model with backend='tensorrt'")
