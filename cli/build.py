@@ -52,7 +52,7 @@ def batch(text: str) -> tuple[int, int, int]:
 
 def run(arguments: argparse.Namespace) -> int:
     from sdedit import artifact, output
-    from sdedit.tensorrt import build, library, plan
+    from sdedit.tensorrt import build, installed, plan
 
     model = Path(arguments.model)
     target = Path(arguments.output) if arguments.output else model.with_suffix(".plan")
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError(f"{target}: a plan's name ends in .plan", hint="-o MODEL.plan")
     opened = artifact.read(model)
     output.check([target, plan.sidecar_path(target)], force=arguments.force, inputs=[model])
-    found = library.open_library(arguments.backend) if arguments.backend else library.first_installed()
+    found = installed.open_library(arguments.backend) if arguments.backend else installed.first_installed()
     bar = ProgressBar("%")
     try:
         built = build.build(

@@ -27,10 +27,10 @@ from sdedit.cli.main import main
 from sdedit.cuda.driver import Gpu
 from sdedit.errors import ArtifactError, BackendUnavailable, Cancelled, OptionError, OutputError
 from sdedit.tensorrt import build as building
-from sdedit.tensorrt import cache, library, plan
+from sdedit.tensorrt import cache, installed, plan
 from sdedit.tensorrt.build import Built, build
+from sdedit.tensorrt.installed import Library
 from sdedit.tensorrt.kernels import listed
-from sdedit.tensorrt.library import Library
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
@@ -48,7 +48,7 @@ nobody_has_a_gpu = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def rtx() -> Library:
-    return library.open_library("tensorrt-rtx")
+    return installed.open_library("tensorrt-rtx")
 
 
 @pytest.fixture(scope="module")
@@ -515,7 +515,7 @@ def test_a_plan_and_its_sidecar_come_back(written, built, small):
     read = plan.read(written)
     assert read.path.read_bytes() == built.data
     assert read.sidecar == built.sidecar
-    assert (read.library, read.version) == ("tensorrt-rtx", trt.__version__)
+    assert (read.built_by, read.version) == ("tensorrt-rtx", trt.__version__)
     assert (read.profile, read.precision, read.targets) == ((1, 1, 1), "fp32", ("sm_86",))
     ours = read.artifact
     assert (ours.path, ours.size_bytes) == (written, small.size_bytes)
@@ -538,7 +538,7 @@ def test_reading_a_plan_loads_no_tensorrt(written):
 
 
 def change(path: Path, **changes: object) -> None:
-    """Replace fields of a sidecar, named as in plan.library; a value of Ellipsis takes one out."""
+    """Replace fields of a sidecar, named as in `library.name`; a value of Ellipsis takes one out."""
     beside = plan.sidecar_path(path)
     sidecar = json.loads(beside.read_text("utf-8"))
     for name, value in changes.items():
@@ -798,7 +798,7 @@ BUILDER = """
 import sys, time
 from pathlib import Path
 from sdedit import artifact
-from sdedit.tensorrt import build, cache, library, plan
+from sdedit.tensorrt import build, cache, installed, plan
 
 model, step, log = sys.argv[1:]
 real_build, real_write = cache.build, plan.write
@@ -822,8 +822,8 @@ def half_a_write(path, data, sidecar):
 cache.build = slow_build
 if step == "write":
     plan.write = half_a_write
-gpu = library.Gpu("Stub RTX", (8, 6), "13.0")
-found = cache.find_or_build(artifact.read(Path(model)), library.open_library("tensorrt-rtx"), gpu=gpu, say=tell)
+gpu = installed.Gpu("Stub RTX", (8, 6), "13.0")
+found = cache.find_or_build(artifact.read(Path(model)), installed.open_library("tensorrt-rtx"), gpu=gpu, say=tell)
 tell(f"found {found.path}")
 """
 
@@ -1049,25 +1049,25 @@ LIBRARIES_AT_FAULT = {
 def test_why_tensorrt_cannot_be_used_and_what_to_install(source, message, fake_tensorrt):
     fake_tensorrt(source)
     with pytest.raises(BackendUnavailable, match=message) as caught:
-        library.open_library("tensorrt")
+        installed.open_library("tensorrt")
     assert "'sdedit-engine[tensorrt]'" in caught.value.hint
 
 
 def test_an_unknown_library_is_a_usage_error():
     with pytest.raises(OptionError, match="unknown TensorRT library 'trt'") as caught:
-        library.open_library("trt")
+        installed.open_library("trt")
     assert caught.value.hint == "choose one of tensorrt, tensorrt-rtx"
 
 
 def test_tensorrt_comes_before_rtx(fake_tensorrt):
     fake_tensorrt("__version__ = '11.4.0.106'")
-    found = library.first_installed()
+    found = installed.first_installed()
     assert (found.name, found.major, found.ahead_of_time) == ("tensorrt", 11, False)
 
 
 def test_rtx_is_found_where_tensorrt_is_not(fake_tensorrt):
     fake_tensorrt("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
-    found = library.first_installed()
+    found = installed.first_installed()
     assert (found.name, found.version, found.ahead_of_time) == ("tensorrt-rtx", trt.__version__, True)
     assert {"sm_75", *TARGETS} <= set(found.ahead_of_time_targets)
 
@@ -1076,7 +1076,7 @@ def test_neither_installed_says_why_of_both(fake_tensorrt, monkeypatch):
     fake_tensorrt("__version__ = '8.6.1'")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(BackendUnavailable, match=r"no TensorRT here: tensorrt: version 8.6.1.*; tensorrt-rtx: "):
-        library.first_installed()
+        installed.first_installed()
 
 
 @pytest.fixture(scope="module")
@@ -1091,7 +1091,7 @@ def libcuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gpu_of(folder: Path, **environment: str) -> str:
-    code = "from sdedit.tensorrt.library import gpu_here\ntry: print(gpu_here())\nexcept Exception as e: print(e)"
+    code = "from sdedit.tensorrt.installed import gpu_here\ntry: print(gpu_here())\nexcept Exception as e: print(e)"
     variables = os.environ | {"LD_LIBRARY_PATH": str(folder)} | environment
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -128,8 +128,8 @@ print(json.dumps(told))
 """
 
 USE_OUR_CLASSES = """
-from sdedit.tensorrt import build, library
-opened = library.open_library("tensorrt")
+from sdedit.tensorrt import build, installed
+opened = installed.open_library("tensorrt")
 log = opened.logger("INFO")
 log.log(opened.module.ILogger.ERROR, "it (In a at /b.cpp:1)")
 log.log(opened.module.ILogger.VERBOSE, "chatter")
@@ -311,7 +311,7 @@ def test_our_logger_and_progress_monitor_work_on_these_bindings(version, folder)
 
 @pytest.mark.parametrize("version", WHEELS)
 def test_bindings_without_libnvinfer_name_the_file_and_the_fix(version, folder):
-    code = "from sdedit.tensorrt.library import open_library\ntry: open_library('tensorrt')\n"
+    code = "from sdedit.tensorrt.installed import open_library\ntry: open_library('tensorrt')\n"
     code += "except Exception as error: print(type(error).__name__, error, error.hint, sep='|')"
     done = python(code, path=unpacked(version, folder))
     kind, message, hint = done.stdout.strip().split("|")

@@ -58,7 +58,7 @@ def open_backend(
         )
     if name != "auto":
         return _open(name, model, threads, provider_options)
-    candidates = AUTO_ORDER if isinstance(model, Artifact) else (model.library,)
+    candidates = AUTO_ORDER if isinstance(model, Artifact) else (model.built_by,)
     for candidate in candidates:
         try:
             return _open(candidate, model, threads, provider_options)
@@ -77,7 +77,7 @@ def _open(
         return TensorRtBackend(model, name)
     if not isinstance(model, Artifact):
         raise OptionError(
-            f"{model.path}: a plan for {model.library} does not run on {name}", hint="load the .onnx file it came from"
+            f"{model.path}: a plan for {model.built_by} does not run on {name}", hint="load the .onnx file it came from"
         )
     if name == "ort-cpu":
         from sdedit.backends.ort import OrtBackend

@@ -19,7 +19,7 @@ from sdedit.errors import ArtifactError, BackendUnavailable, DeviceError, Networ
 from sdedit.executor import DeviceExecutor, Executor
 from sdedit.loop import Denoiser
 from sdedit.tensorrt import cache, rtx
-from sdedit.tensorrt.library import Library, open_library
+from sdedit.tensorrt.installed import Library, open_library
 from sdedit.tensorrt.plan import Plan, require_runnable
 
 if TYPE_CHECKING:

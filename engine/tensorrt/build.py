@@ -20,8 +20,8 @@ from sdedit.artifact import Artifact
 from sdedit.cuda.driver import Gpu
 from sdedit.errors import ArtifactError, BackendUnavailable, Cancelled, OptionError
 from sdedit.protobuf import Tensor
+from sdedit.tensorrt.installed import Library, gpu_here, plain
 from sdedit.tensorrt.kernels import Kernel, activation_bytes, listed, logged
-from sdedit.tensorrt.library import Library, gpu_here, plain
 from sdedit.tensorrt.plan import FORMAT, Sidecar
 
 PROGRESS_STEPS = 100

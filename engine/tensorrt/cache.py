@@ -23,7 +23,7 @@ from sdedit.cuda.driver import Gpu, target_of
 from sdedit.errors import ArtifactError, OutputError
 from sdedit.tensorrt import plan as plans
 from sdedit.tensorrt.build import OnProgress, build, checked_batch, flags
-from sdedit.tensorrt.library import Library
+from sdedit.tensorrt.installed import Library
 from sdedit.tensorrt.plan import Plan
 
 FILE = "model.plan"  # in the entry's folder

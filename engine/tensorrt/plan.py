@@ -34,7 +34,7 @@ from sdedit import output, protobuf
 from sdedit.artifact import Artifact
 from sdedit.cuda.driver import target_of
 from sdedit.errors import ArtifactError, BackendUnavailable
-from sdedit.tensorrt.library import LIBRARIES, Library
+from sdedit.tensorrt.installed import LIBRARIES, Library
 
 FORMAT = 1
 
@@ -61,7 +61,7 @@ class Plan:
         return str(self.sidecar["precision"])
 
     @property
-    def library(self) -> str:
+    def built_by(self) -> str:
         return str(self.sidecar["library"]["name"])
 
     @property
@@ -141,14 +141,14 @@ def require_runnable(plan: Plan, library: Library, compute_capability: tuple[int
     the plan must be built again.
     """
     again = f"build it again here: sdedit build MODEL.onnx --backend {library.name} -o {plan.path} --force"
-    if plan.library != library.name:
+    if plan.built_by != library.name:
         raise BackendUnavailable(
-            f"{plan.path}: was built by {plan.library} {plan.version}; {library.name} {library.version} cannot run it",
-            hint=f"--backend {plan.library}, or {again}",
+            f"{plan.path}: was built by {plan.built_by} {plan.version}; {library.name} {library.version} cannot run it",
+            hint=f"--backend {plan.built_by}, or {again}",
         )
     if plan.version != library.version:
         raise ArtifactError(
-            f"{plan.path}: was built by {plan.library} {plan.version}; here is version {library.version}, and a plan "
+            f"{plan.path}: was built by {plan.built_by} {plan.version}; here is version {library.version}, and a plan "
             "runs only on the version that built it",
             hint=again,
         )

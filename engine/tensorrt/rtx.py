@@ -8,7 +8,7 @@ from sdedit import output
 from sdedit.cuda.driver import Gpu
 from sdedit.errors import OutputError
 from sdedit.tensorrt import cache
-from sdedit.tensorrt.library import Library
+from sdedit.tensorrt.installed import Library
 from sdedit.tensorrt.plan import Plan
 
 

@@ -21,7 +21,7 @@ from sdedit.backends import tensorrt as backend
 from sdedit.cli.main import main
 from sdedit.executor import HostExecutor
 from sdedit.tensorrt import plan as plans
-from sdedit.tensorrt.library import Library
+from sdedit.tensorrt.installed import Library
 
 SHAPE = (3, 8, 12)
 TARGET = "sm_90"  # what the double says it is
