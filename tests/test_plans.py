@@ -164,14 +164,24 @@ def test_a_range_of_batches_costs_memory(rtx, bundled, bundled_plan):
     assert ranged.activation_bytes[0] > 1.4 * bundled_plan("fp16", "sm_86").activation_bytes[0]
 
 
-@pytest.mark.parametrize(
-    ("batch", "most_bytes"), [((1, 1, 1), 160e6), pytest.param((1, 1, 8), 1.4e9, marks=pytest.mark.slow)]
-)
-def test_a_256_ddpm_at_full_width_has_all_its_norms_fused(batch, most_bytes, rtx, tmp_path):
-    built = build(ddpm(tmp_path, 128), rtx, targets=("sm_86",), batch=batch, verbose=True)
-    assert built.labels["GroupNorm + SiLU"] >= 45
-    assert built.activation_bytes[0] < most_bytes
+@pytest.fixture(scope="module")
+def full_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return ddpm(tmp_path_factory.mktemp("ddpm"), 128)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_256_ddpm_builds_ahead_of_time_with_its_norms_fused(target, rtx, full_ddpm):
+    built = build(full_ddpm, rtx, targets=(target,), verbose=True)
+    assert built.labels["GroupNorm + SiLU"] >= 45  # of 51 norms with an activation; 6 norms in attention have none
+    assert built.activation_bytes[0] < 170e6
     assert 220e6 < len(built.data) < 270e6
+
+
+@pytest.mark.slow
+def test_a_256_ddpm_for_up_to_8_images_needs_more_memory(rtx, full_ddpm):
+    built = build(full_ddpm, rtx, targets=("sm_86",), batch=(1, 1, 8), verbose=True)
+    assert built.labels["GroupNorm + SiLU"] >= 45
+    assert 500e6 < built.activation_bytes[0] < 1.4e9
 
 
 def test_one_plan_serves_several_targets(rtx, small):
