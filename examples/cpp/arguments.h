@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <iostream>
 #include <map>
 #include <string>
@@ -48,4 +49,16 @@ inline Arguments read_arguments(int argc, char **argv, const std::string &usage,
     whole("--seed", UINT64_MAX, read.seed);
     whole("--threads", 256, read.threads);
     return read;
+}
+
+// Runs the program; what it throws becomes one line and exit code 1.
+template <class Program>
+int run_reporting(Program program) {
+    try {
+        program();
+    } catch (const std::exception &error) {
+        std::cerr << "error: " << error.what() << "\n";
+        return 1;
+    }
+    return 0;
 }

@@ -174,11 +174,5 @@ int main(int argc, char **argv) {
         std::cerr << "error: --fatbin and --table are needed\nusage: " << argv[0] << " " << USAGE << "\n";
         return 2;
     }
-    try {
-        edit(arguments);
-    } catch (const std::exception &error) {
-        std::cerr << "error: " << error.what() << "\n";
-        return 1;
-    }
-    return 0;
+    return run_reporting([&] { edit(arguments); });
 }

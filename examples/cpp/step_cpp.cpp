@@ -92,11 +92,5 @@ void edit(const Arguments &arguments) {
 
 int main(int argc, char **argv) {
     const Arguments arguments = read_arguments(argc, argv, USAGE, 4, {});
-    try {
-        edit(arguments);
-    } catch (const std::exception &error) {
-        std::cerr << "error: " << error.what() << "\n";
-        return 1;
-    }
-    return 0;
+    return run_reporting([&] { edit(arguments); });
 }

@@ -112,6 +112,16 @@ def test_a_table_for_each_image_equals_the_host_loop(loops):
     np.testing.assert_allclose(x, on_host(guide, mask, seeds, table), rtol=0, atol=1e-6)
 
 
+def test_a_table_for_other_images_is_refused_before_anything_runs(loops):
+    table = sdedit.StepTable.stack([sdedit.plan(VP, t0=0.5, steps=3)] * 3)
+    shape = (2, *EVEN)
+    loop = loops(shape)
+    double.reset()
+    with pytest.raises(sdedit.OptionError, match="step table for 3 images, batch of 2"):
+        edit(loop, *inputs(shape, masked=False), table)
+    assert double.work == []
+
+
 @pytest.mark.parametrize("shape", [(2, *ODD), (1, *EVEN), (1, 1, 1, 1), (1, 3, 40, 40)])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_normals_are_those_of_the_specification_bit_for_bit(loops, shape, repeats):
