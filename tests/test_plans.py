@@ -897,6 +897,12 @@ def test_what_is_being_built_is_left_alone(builder, tmp_path, small, rtx, cached
     assert alive.poll() is None
 
 
+@pytest.mark.parametrize("at", [0, building.PROGRESS_STEPS])
+def test_a_build_cancelled_at_its_first_or_last_report_is_cancelled(at, rtx, small):
+    with pytest.raises(Cancelled):
+        build(small, rtx, targets=("sm_86",), on_progress=lambda done, *rest: done < at if at else False)
+
+
 def test_a_build_that_fails_leaves_nothing(cached, rtx, small):
     with pytest.raises(Cancelled):
         find(small, rtx, on_progress=lambda *report: False)

@@ -207,8 +207,7 @@ class _Job:
         config = self._configured(builder, network)
         config.progress_monitor = _monitor(trt, progress)
         serialized = builder.build_serialized_network(network, config)
-        if progress.cancelled:
-            raise Cancelled("building was cancelled", hint="run it again to build the plan")
+        progress.require_going()
         if serialized is None:
             raise self._failed()
         self._keep_timings(config)
@@ -303,6 +302,11 @@ class _Progress:
         self._open: dict[str, tuple[str | None, int]] = {}  # phase -> the one around it, number of steps
         self._steps: dict[str, int] = {}  # phase -> steps completed
 
+    def require_going(self) -> None:
+        """Raise Cancelled once the caller has said so."""
+        if self.cancelled:
+            raise Cancelled("building was cancelled", hint="run it again to build the plan")
+
     def start(self, name: str, around: str | None, steps: int) -> None:
         self._open[name], self._steps[name] = (around, max(steps, 1)), 0
         self.phase = name
@@ -358,8 +362,13 @@ def _watched(on_progress: OnProgress | None) -> Iterator[Callable[[_Job], bytes]
                 if on_progress(told, PROGRESS_STEPS, progress.phase) is False:
                     progress.cancelled = True
         data = future.result()
-        if on_progress is not None and told < PROGRESS_STEPS:
-            on_progress(PROGRESS_STEPS, PROGRESS_STEPS, "")
+        if (
+            on_progress is not None
+            and told < PROGRESS_STEPS
+            and on_progress(PROGRESS_STEPS, PROGRESS_STEPS, "") is False
+        ):
+            progress.cancelled = True
+        progress.require_going()  # also where the answer came when the builder had just finished
         return data
 
     with ThreadPoolExecutor(1, thread_name_prefix="tensorrt") as pool:  # leaving it waits for the builder
