@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from sdedit import output, record
-    from sdedit.editor import EditOptions
+    from sdedit.options import EditOptions
 
     target = Path(arguments.output)
     asked = EditOptions() if arguments.samples is None else EditOptions(samples=arguments.samples)
@@ -91,7 +91,7 @@ def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]
     from dataclasses import fields
 
     import sdedit
-    from sdedit.editor import EditOptions
+    from sdedit.options import EditOptions
 
     editor = sdedit.load(
         arguments.model,

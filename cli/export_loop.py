@@ -12,7 +12,7 @@ from sdedit.errors import OptionError
 
 if TYPE_CHECKING:
     from sdedit.artifact import Artifact
-    from sdedit.editor import EditOptions
+    from sdedit.options import EditOptions
 
 OPTIONS = ("t0", "steps", "sampler", "eta", "repeats", "mask", "noise")  # of a whole edit alone
 
@@ -88,7 +88,7 @@ def read(arguments: argparse.Namespace, others: Sequence[str], what: str) -> "tu
     """The artifact, the options of its edit and the form of the guide. Raises OptionError for any of `others`."""
     from sdedit import artifact
     from sdedit.cli.export import import_export, require_none
-    from sdedit.editor import EditOptions
+    from sdedit.options import EditOptions
 
     require_none(arguments, others, what)
     if arguments.family not in ("auto", "artifact"):

@@ -76,7 +76,7 @@ def tensor(t: "Tensor") -> dict[str, Any]:
 
 def step_table(opened: "Artifact", arguments: argparse.Namespace) -> dict[str, Any]:
     """The step table as JSON: one row a step, columns named."""
-    from sdedit.editor import EditOptions
+    from sdedit.options import EditOptions
     from sdedit.schedule import COLUMNS, plan
 
     chosen = EditOptions(t0=arguments.t0, steps=arguments.steps, sampler=arguments.sampler, eta=arguments.eta).resolved(

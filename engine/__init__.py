@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdedit.artifact import Artifact as Artifact
-    from sdedit.editor import EditOptions as EditOptions
     from sdedit.editor import Editor as Editor
     from sdedit.editor import EditResult as EditResult
     from sdedit.editor import Progress as Progress
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from sdedit.loop import perturb as perturb
     from sdedit.noise import Noise as Noise
     from sdedit.noise import NoiseSource as NoiseSource
+    from sdedit.options import EditOptions as EditOptions
     from sdedit.schedule import SAMPLERS as SAMPLERS
     from sdedit.schedule import StepTable as StepTable
     from sdedit.schedule import plan as plan
@@ -52,12 +52,13 @@ _HOME = {
     name: module
     for module, names in {
         "artifact": "Artifact",
-        "editor": "Editor EditOptions EditResult Progress Result Timings load",
+        "editor": "Editor EditResult Progress Result Timings load",
         "errors": "ArtifactError BackendUnavailable Cancelled DeviceError ImageError NetworkError OptionError "
         "OutOfTolerance OutputError ReplayError SdeditError",
         "folder": "FolderProgress FolderResult edit_folder",
         "loop": "Denoiser Step denoise perturb",
         "noise": "Noise NoiseSource",
+        "options": "EditOptions",
         "schedule": "SAMPLERS StepTable plan",
         "sde": "EDM VE VP VPDiscrete",
     }.items()

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 from sdedit import manifest, output, record
 from sdedit.backends.ort import usable_cores
 from sdedit.checks import whole
-from sdedit.editor import EditOptions, Editor, Job, Result, make_options
+from sdedit.editor import Editor, Job, Result
 from sdedit.errors import ImageError, NetworkError, OptionError, OutputError, ReplayError, SdeditError
 from sdedit.image import checked_fit
 from sdedit.listing import GuideFile, find_guides
+from sdedit.options import EditOptions, make_options
 
 MOST_WORKERS = 256
 SCRATCH = ".sdedit-batch"  # inside the output folder while a job runs

@@ -16,9 +16,10 @@ from PIL import Image
 import sdedit
 from sdedit.backends.ort import MOST_THREADS
 from sdedit.checks import whole
-from sdedit.editor import EditOptions, Editor, EditResult, Result, make_options
+from sdedit.editor import Editor, EditResult, Result
 from sdedit.errors import ReplayError, SdeditError
 from sdedit.noise import SPECIFICATION
+from sdedit.options import EditOptions, make_options
 
 KEYWORD = "sdedit"
 FORMAT = 1

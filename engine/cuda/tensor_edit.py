@@ -10,10 +10,10 @@ from sdedit.artifact import Artifact
 from sdedit.cuda.device_loop import DeviceLoop, DeviceNetwork
 from sdedit.cuda.driver import Driver
 from sdedit.cuda.interop import GpuTensor, GpuView, stream_handle
-from sdedit.editor import EditOptions
 from sdedit.errors import OptionError
 from sdedit.executor import Batch
 from sdedit.noise import result_seed
+from sdedit.options import EditOptions
 from sdedit.schedule import plan
 
 log = logging.getLogger(__name__)
