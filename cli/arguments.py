@@ -49,7 +49,9 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         help="a further input of the model, such as class_label=3",
     )
     parser.add_argument(
-        "--backend", metavar="B", help="auto (default), ort-cpu, ort-cuda, ort-tensorrt, tensorrt or tensorrt-rtx"
+        "--backend",
+        metavar="B",
+        help="auto (default), ort-cpu, openvino, ort-cuda, ort-tensorrt, tensorrt or tensorrt-rtx",
     )
     parser.add_argument(
         "--ep-option",
@@ -59,7 +61,17 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         help="an option of the execution provider of ort-cuda or ort-tensorrt, in ONNX Runtime's own words",
     )
     parser.add_argument(
-        "--precision", metavar="P", help="refuse a model of another precision than P (fp32, fp16, bf16, int8)"
+        "--precision",
+        metavar="P",
+        help="execute in P (fp32, fp16, bf16, int8): a model of that precision, or on openvino an fp32 one in bf16 or "
+        "fp16 where the CPU can; refused elsewhere (default: the model's own)",
+    )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        default=None,
+        help="the fastest execution, in any precision, that passes verification on this machine; the first use looks "
+        "for it among the backends and the model's other exports beside it",
     )
     parser.add_argument(
         "--threads", type=int, metavar="T", help="CPU threads of the network (default: every core this process may use)"

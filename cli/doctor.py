@@ -12,8 +12,8 @@ from sdedit.errors import BackendUnavailable
 
 HELP = "say what is installed, which backends work, and how to fix those that do not"
 PACKAGES = (
-    "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "pycuda",
-    "torch", "onnx",
+    "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx",
+    "cuda-bindings", "pycuda", "torch", "onnx",
 )  # fmt: skip
 
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from sdedit.cli.arguments import add_json, add_model, add_running, add_schedule
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import ProgressBar, print_json, say
-from sdedit.errors import BackendUnavailable, OptionError
+from sdedit.errors import OptionError
 
 if TYPE_CHECKING:
     from sdedit.editor import Editor, EditResult, Progress
 
 HELP = "edit pictures: noise each guide up to t0, denoise it back"
 RECORDED = ("t0", "steps", "sampler", "eta", "seed", "samples", "repeats", "size", "fit", "set")  # a replay has its own
-PINNED = ("backend", "precision", "threads", "ep_option")
+PINNED = ("backend", "precision", "fast", "threads", "ep_option")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,22 +91,20 @@ def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]
     from dataclasses import fields
 
     import sdedit
+    from sdedit.backends import CPU
     from sdedit.options import EditOptions
 
     editor = sdedit.load(
         arguments.model,
         backend="auto" if arguments.backend is None else arguments.backend,
+        precision=arguments.precision,
+        fast=bool(arguments.fast),
         threads=arguments.threads,
         provider_options=dict(arguments.ep_option or ()),
     )
-    if arguments.precision not in (None, editor.backend.precision):
-        raise BackendUnavailable(
-            f"precision {arguments.precision} was asked for; {editor.artifact.name} is {editor.backend.precision}",
-            hint="name a model of that precision with -m, or leave --precision out",
-        )
-    if arguments.backend in (None, "auto"):
+    if arguments.backend in (None, "auto") and not arguments.fast:  # which says what it took
         backend = editor.backend
-        where = f"{backend.threads} threads" if backend.name == "ort-cpu" else backend.provider
+        where = f"{backend.threads} threads" if backend.name in CPU else backend.provider
         say(f"backend: {backend.name}, {backend.precision}, {where}")
     options = {f.name: v for f in fields(EditOptions) if (v := getattr(arguments, f.name, None)) is not None}
     return editor, options | {"conditions": dict(arguments.set or ())}
@@ -117,7 +115,7 @@ def open_replay(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]
     from dataclasses import asdict
 
     import sdedit
-    from sdedit import record
+    from sdedit import artifact, companions, record
 
     repeated = record.read(Path(arguments.replay))
     if changed := [name for name in (*RECORDED, *PINNED) if getattr(arguments, name) is not None]:
@@ -128,9 +126,13 @@ def open_replay(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]
     masks = arguments.mask or [None]
     record.require_same("guide", repeated.guide_sha256, file_sha256(arguments.guides[0]))
     record.require_same("mask", repeated.mask_sha256, file_sha256(masks[0]))
+    model = artifact.BUNDLED if arguments.model is None else Path(arguments.model)
+    if model.suffix == ".onnx":
+        model = companions.with_sha256(model, repeated.artifact_sha256)  # --fast may have taken one
     editor = sdedit.load(
-        arguments.model,
+        model,
         backend=repeated.backend,
+        precision=repeated.precision,
         threads=repeated.threads,
         provider_options=repeated.provider_options,
     )

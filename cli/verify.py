@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", required=True, metavar="OTHER", help="the artifact that is right; or a backend's name, for MODEL"
     )
     parser.add_argument("--backend", default="auto", help="what runs MODEL (default: auto)")
+    parser.add_argument("--precision", metavar="P", help="what MODEL is executed in (default: its own)")
     parser.add_argument("--tolerance", type=float, metavar="E", help="largest error allowed (default: the precision's)")
     parser.add_argument("--guide", action="append", metavar="PICTURE", help="picture to edit (default: bundled ones)")
     parser.add_argument(
@@ -37,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     from sdedit.backends import BACKENDS
 
     same_file = arguments.against in BACKENDS
-    candidate = sdedit.load(arguments.model, backend=arguments.backend, threads=arguments.threads)
+    candidate = sdedit.load(
+        arguments.model, backend=arguments.backend, precision=arguments.precision, threads=arguments.threads
+    )
     reference = sdedit.load(
         arguments.model if same_file else arguments.against,
         backend=arguments.against if same_file else "auto",

@@ -210,11 +210,17 @@ def load(
     model: str | Path | None = None,
     *,
     backend: str = "auto",
+    precision: str | None = None,
+    fast: bool = False,
     threads: int | None = None,
     provider_options: Mapping[str, str] | None = None,
 ) -> Editor:
     """Open a model on a backend: an artifact (.onnx file; None is the bundled 64x64 model) or a TensorRT plan (.plan).
 
+    precision: what the network is executed in, one of fp32, fp16, bf16 and int8; None is the model's own, which most
+    backends keep to. fast: the fastest execution that passes verification on this machine, in any precision and also
+    by an artifact of the same network beside this one; the first use takes a while. What was taken is in
+    `Editor.artifact` and `Editor.backend`.
     threads: CPU threads of the network; None uses every core this process may. provider_options: for the execution
     provider of ort-cuda and ort-tensorrt, in ONNX Runtime's own names.
     Raises ArtifactError, BackendUnavailable, OptionError.
@@ -225,10 +231,20 @@ def load(
     if path.suffix == ".plan":
         from sdedit.tensorrt import plan as plans
 
+        if fast:
+            raise OptionError(
+                f"{path}: a plan is one execution, there is no faster one to choose", hint="leave fast out"
+            )
         opened = plans.read(path)
-        return Editor(opened.artifact, open_backend(backend, opened, threads, provider_options))
+        return Editor(opened.artifact, open_backend(backend, opened, threads, provider_options, precision))
     artifact = artifacts.read(path)
-    return Editor(artifact, open_backend(backend, artifact, threads, provider_options))
+    if fast:
+        from sdedit.fastest import open_fastest
+
+        if provider_options:
+            raise OptionError("the fastest execution is looked for without provider options", hint="leave one out")
+        return Editor(*open_fastest(artifact, backend=backend, precision=precision, threads=threads))
+    return Editor(artifact, open_backend(backend, artifact, threads, provider_options, precision))
 
 
 def _run(

@@ -62,6 +62,7 @@ class Record:
 
     options: EditOptions
     backend: str
+    precision: str
     threads: int
     provider_options: Mapping[str, str]
     artifact_sha256: str
@@ -89,6 +90,7 @@ def read(path: Path) -> Record:
         return Record(
             make_options(options).resolved({}),
             str(found["backend"]["name"]),
+            str(found["backend"]["precision"]),
             whole("threads", found["backend"]["threads"], 1, MOST_THREADS, hint=""),
             {str(name): str(value) for name, value in found["backend"].get("provider_options", {}).items()},
             str(found["artifact"]["sha256"]),

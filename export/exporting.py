@@ -82,7 +82,7 @@ def from_source(source: Source, *, opset: int | None = None, dynamic: bool = Fal
 def from_artifact(path: Path, scratch: Path) -> Graph:
     """One of our own artifacts, to be written in another precision or opset."""
     opened = artifact.read(path)
-    conditions = {n: float(min(1, (extra.count or 2) - 1)) for n, extra in opened.extra_inputs.items()}
+    conditions = verify.any_conditions(opened)
     if opened.precision == "int8":
         raise OptionError(f"{path} is int8; nothing better can be made of it", hint="export the fp32 artifact instead")
     model = precisions.widen(onnx.load(path))

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 ORT = ("ort-cpu", "ort-cuda", "ort-tensorrt")
 TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the library's module
-BACKENDS = (*ORT, *TENSORRT)
-AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-cpu")  # best first; all keep the artifact's own precision
+BACKENDS = (*ORT, "openvino", *TENSORRT)
+CPU = ("ort-cpu", "openvino")
+AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "ort-cuda", *CPU)  # best first; all keep the artifact's own precision
 
 
 class Backend(Protocol):
@@ -24,7 +25,7 @@ class Backend(Protocol):
 
     name: str
     provider: str  # what executes, in its library's own words
-    precision: str
+    precision: str  # that it executes in
     threads: int  # of the network on a CPU; 1 on a GPU
     provider_options: Mapping[str, str]  # what the caller told ONNX Runtime's provider
     versions: Mapping[str, str]  # of the libraries that execute
@@ -46,31 +47,58 @@ class Backend(Protocol):
 
 
 def open_backend(
-    name: str, model: "Artifact | Plan", threads: int | None, provider_options: Mapping[str, str] | None = None
+    name: str,
+    model: "Artifact | Plan",
+    threads: int | None,
+    provider_options: Mapping[str, str] | None = None,
+    precision: str | None = None,
 ) -> Backend:
     """Open a model on the backend called `name`, or the best that works for "auto".
 
-    Raises BackendUnavailable, OptionError for a name it does not know; never falls back from a backend that was named.
+    precision: what it executes in; None is the model's own. Raises BackendUnavailable, OptionError for a name it does
+    not know; never falls back from a backend that was named.
     """
     if provider_options and name not in ORT:
         raise OptionError(
             f"provider options are ONNX Runtime's; the backend is {name}", hint="name ort-cuda or ort-tensorrt"
         )
     if name != "auto":
-        return _open(name, model, threads, provider_options)
+        return _open(name, model, threads, provider_options, precision)
     candidates = AUTO_ORDER if isinstance(model, Artifact) else (model.built_by,)
+    failures: dict[str, BackendUnavailable | ArtifactError] = {}
     for candidate in candidates:
         try:
-            return _open(candidate, model, threads, provider_options)
+            return _open(candidate, model, threads, provider_options, precision)
         except (BackendUnavailable, ArtifactError) as error:
-            last = error
-    raise last
+            failures[candidate] = error
+    raise failures.get(CPU[0]) or failures[candidates[-1]]  # what works everywhere, once it is installed
+
+
+def precisions(name: str, model: "Artifact | Plan") -> tuple[str, ...]:
+    """What a backend that works can run this model in, the model's own first."""
+    if name == "openvino" and isinstance(model, Artifact):
+        from sdedit.backends import openvino
+
+        return openvino.precisions(model)
+    return ((model if isinstance(model, Artifact) else model.artifact).precision,)
 
 
 def _open(
-    name: str, model: "Artifact | Plan", threads: int | None, provider_options: Mapping[str, str] | None
+    name: str,
+    model: "Artifact | Plan",
+    threads: int | None,
+    provider_options: Mapping[str, str] | None,
+    precision: str | None,
 ) -> Backend:
     probe(name)
+    if precision is not None and precision not in (can := precisions(name, model)):
+        own = model if isinstance(model, Artifact) else model.artifact
+        raise BackendUnavailable(
+            f"precision {precision} was asked for; {own.name} is {own.precision}, and {name} runs it in "
+            f"{' or '.join(can)} alone",
+            hint="name a model of that precision with -m, or leave --precision out; --backend openvino runs fp32 "
+            "models in bf16 on a CPU that has it",
+        )
     if name in TENSORRT:
         from sdedit.backends.tensorrt import TensorRtBackend
 
@@ -85,6 +113,10 @@ def _open(
         if provider_options:
             raise OptionError("ort-cpu takes no provider options", hint="name ort-cuda or ort-tensorrt")
         return OrtBackend(model, name, threads)
+    if name == "openvino":
+        from sdedit.backends.openvino import OpenVinoBackend
+
+        return OpenVinoBackend(model, threads, precision)
     from sdedit.backends.ort_gpu import OrtGpuBackend
 
     return OrtGpuBackend(model, name, provider_options)
@@ -104,6 +136,10 @@ def probe(name: str) -> None:
         from sdedit.backends import ort
 
         ort.probe(name)
+    elif name == "openvino":
+        from sdedit.backends import openvino
+
+        openvino.probe(name)
     else:
         raise OptionError(f"unknown backend {name!r}", hint=f"choose one of auto, {', '.join(BACKENDS)}")
 

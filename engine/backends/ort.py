@@ -49,8 +49,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _source(artifact: Artifact) -> str | bytes:
-    """ONNX Runtime takes names that are text; a file with another name goes in as bytes."""
+def model_source(artifact: Artifact) -> str | bytes:
+    """What ONNX Runtime and OpenVINO open: they take names that are text; a file with another name goes in as bytes."""
     try:
         str(artifact.path).encode()
     except UnicodeEncodeError:
@@ -105,7 +105,9 @@ class OrtBackend:
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        return onnxruntime.InferenceSession(_source(self._artifact), options, providers=providers, enable_fallback=0)
+        return onnxruntime.InferenceSession(
+            model_source(self._artifact), options, providers=providers, enable_fallback=0
+        )
 
     def _shape(self, batch: int, size: tuple[int, int] | None) -> tuple[int, int, int, int]:
         width, height = self._artifact.frame(size)

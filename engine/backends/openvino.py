@@ -1,0 +1,155 @@
+"""OpenVINO on the CPU: a compiled network for every shape, on our own buffers."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdedit.artifact import Artifact
+from sdedit.backends import condition_values
+from sdedit.backends.ort import MOST_THREADS, model_source, usable_cores
+from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, OptionError
+from sdedit.executor import HostExecutor, Lease
+from sdedit.loop import Array, Denoiser
+
+if TYPE_CHECKING:
+    from sdedit.cuda.tensor_edit import GpuBackend
+
+NATIVE = {"fp32": "f32", "int8": "f32", "fp16": "dynamic", "bf16": "dynamic"}  # "dynamic": as the graph's types say
+REDUCED = {"bf16": "BF16", "fp16": "FP16"}  # what a float32 graph can be run in -> the capability that takes
+HINTS = {"bf16": "bf16", "fp16": "f16"}
+
+
+def probe(name: str) -> None:
+    """Raise BackendUnavailable unless OpenVINO can be imported and finds the CPU."""
+    try:
+        import openvino
+
+        devices = openvino.Core().available_devices
+    except (ImportError, RuntimeError) as error:
+        raise BackendUnavailable(
+            f"{name}: openvino cannot be imported: {error}", hint="pip install 'sdedit-engine[openvino]'"
+        ) from error
+    if "CPU" not in devices:
+        raise BackendUnavailable(
+            f"{name}: this openvino has no CPU device", hint="pip install --force-reinstall 'sdedit-engine[openvino]'"
+        )
+
+
+def precisions(artifact: Artifact) -> tuple[str, ...]:
+    """What this artifact can be run in on this CPU, its own first: a float32 one also in half precisions."""
+    import openvino
+
+    if artifact.precision != "fp32":
+        return (artifact.precision,)
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "fp32", *(precision for precision, needed in REDUCED.items() if needed in capabilities)
+
+
+class OpenVinoBackend:
+    """An artifact, compiled for each shape that is bound. `threads`: None is every core this process may use.
+
+    precision: one of `precisions`; None is the artifact's own, whatever OpenVINO would choose by itself (which is
+    bfloat16 where the CPU has it).
+    """
+
+    name = "openvino"
+    provider = "OpenVINO CPU"
+
+    def __init__(self, artifact: Artifact, threads: int | None, precision: str | None = None) -> None:
+        import openvino
+
+        self.precision = precision or artifact.precision
+        self.threads = min(usable_cores(), MOST_THREADS) if threads is None else threads
+        self.versions: Mapping[str, str] = {"openvino": openvino.__version__.partition("-")[0]}
+        self.provider_options: Mapping[str, str] = {}
+        self._artifact = artifact
+        self._core = openvino.Core()
+        self._settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(self.threads),
+            "ENABLE_CPU_PINNING": "NO",  # two editors would be pinned to the same cores; one gains nothing by it
+            "INFERENCE_PRECISION_HINT": (
+                NATIVE.get(self.precision, "f32") if self.precision == artifact.precision else HINTS[self.precision]
+            ),
+        }
+        self._lock = Lock()  # of what is compiled
+        self._compiled: dict[tuple[int, int, int, int], Any] = {}
+        self._network((1, artifact.channels, artifact.height, artifact.width))  # what is wrong with it shows now
+
+    def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
+        width, height = self._artifact.frame(size)
+        extra = {
+            name: np.full(batch, value, self._artifact.extra_inputs[name].dtype)
+            for name, value in condition_values(self._artifact, conditions).items()
+        }
+        shape = (batch, self._artifact.channels, height, width)
+        return _Bound(self._network(shape).create_infer_request(), shape, extra)
+
+    def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
+        return nullcontext(HostExecutor(self.bind(batch, conditions, size), draws_ahead=self.threads > 1))
+
+    def on_gpu(self) -> "GpuBackend":
+        raise OptionError("openvino has no tensors on a GPU", hint="open the model with backend='tensorrt'")
+
+    def _network(self, shape: tuple[int, int, int, int]) -> Any:
+        """The network compiled for this shape. Shapes that do not change let OpenVINO plan its memory once."""
+        with self._lock:
+            if shape not in self._compiled:
+                try:
+                    model = self._core.read_model(model_source(self._artifact))
+                    model.reshape({"x": shape} | dict.fromkeys(["sigma", *self._artifact.extra_inputs], shape[:1]))
+                    self._compiled[shape] = self._core.compile_model(model, "CPU", self._settings)
+                except RuntimeError as error:
+                    raise ArtifactError(
+                        f"{self._artifact.path}: OpenVINO cannot load it: {_reason(error)}",
+                        hint="write it again, opset 18 to 22 is safe; or use --backend ort-cpu",
+                    ) from error
+            return self._compiled[shape]
+
+
+class _Bound:
+    """An infer request on preallocated buffers: x is used in place, and nothing is copied but σ."""
+
+    def __init__(self, request: Any, shape: tuple[int, int, int, int], extra: Mapping[str, NDArray[Any]]) -> None:
+        self._request = request
+        self._x: Array | None = None
+        self._sigma = np.empty(shape[0], np.float32)
+        self._denoised = np.empty(shape, np.float32)
+        self._extra = extra  # kept alive while bound
+        for name, array in {"sigma": self._sigma, "denoised": self._denoised, **extra}.items():
+            self._share(name, array)
+
+    def __call__(self, x: Array, sigma: Array) -> Array:
+        self._sigma[...] = sigma
+        if x is not self._x:
+            if x.shape != self._denoised.shape or x.dtype != np.float32 or not x.flags.c_contiguous:
+                raise NetworkError(
+                    f"x is {x.dtype} {x.shape}; bound for contiguous float32 {self._denoised.shape}",
+                    hint="bind the backend for this batch size",
+                )
+            self._x = x
+            self._share("x", x)
+        try:
+            self._request.infer(share_outputs=True)
+        except RuntimeError as error:
+            raise NetworkError(
+                f"OpenVINO failed: {_reason(error)}", hint="check the model with 'sdedit inspect'"
+            ) from error
+        return self._denoised
+
+    def _share(self, name: str, array: NDArray[Any]) -> None:
+        import openvino
+
+        self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+
+
+def _reason(error: Exception) -> str:
+    """The line that says what is wrong, of a message that begins with places in OpenVINO's own source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (told or lines or [type(error).__name__])[0]

@@ -1,0 +1,18 @@
+"""Where this machine keeps what can be made again: plans, optimised graphs."""
+
+import os
+import sys
+from pathlib import Path
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder for one kind of file: below SDEDIT_CACHE, else below the platform's cache folder."""
+    if given := os.environ.get("SDEDIT_CACHE"):
+        return Path(given) / kind
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sdedit" / kind
