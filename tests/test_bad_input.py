@@ -245,7 +245,7 @@ def test_an_option_that_makes_no_sense_is_a_usage_error(
     [
         (["--backend", "abacus"], "unknown backend 'abacus'"),
         (["--backend", ""], "unknown backend ''"),
-        (["--precision", "fp16"], "precision fp16 was asked for; closed-form is fp32"),
+        (["--precision", "int8"], "precision int8 was asked for; closed-form is fp32"),
         (["--precision", "double"], "precision double was asked for; closed-form is fp32"),
         (["--replay", ""], "not a picture"),
     ],
