@@ -138,9 +138,9 @@ def _verified(trial: Trial, model: Artifact, threads: int | None, right: verify.
     except SdeditError as error:
         log.info("fast:   %s: %s", trial, error)
         return trial
-    error = report.worst.error
-    log.info("fast:   %s: error %.2g, tolerance %.2g", trial, error, tolerance)
-    return replace(trial, error=error) if np.isfinite(error) else trial
+    worst = report.worst.error
+    log.info("fast:   %s: error %.2g, tolerance %.2g", trial, worst, tolerance)
+    return replace(trial, error=worst) if np.isfinite(worst) else trial
 
 
 def _candidates(models: Sequence[Artifact], backend: str, precision: str | None) -> Iterator[Trial]:
