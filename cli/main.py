@@ -8,24 +8,16 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import NoReturn
 
 import sdedit
-from sdedit.cli import batch, build, doctor, edit, export, inspect, verify
 from sdedit.cli.exits import FAILED, INTERRUPTED, OK, OUT_OF_TOLERANCE, USAGE
 from sdedit.errors import OptionError, OutOfTolerance, SdeditError
 
-COMMANDS = {
-    "edit": edit,
-    "batch": batch,
-    "export": export,
-    "build": build,
-    "verify": verify,
-    "inspect": inspect,
-    "doctor": doctor,
-}
+COMMANDS = ("edit", "batch", "export", "build", "verify", "inspect", "doctor")  # each a module of sdedit.cli
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,14 +27,16 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(_fail(message, f"see '{self.prog} -h'", USAGE))
 
 
-def build_parser() -> Parser:
+def build_parser(names: Sequence[str] = COMMANDS) -> Parser:
+    """names: the commands it is to know; one alone is built sooner than all."""
     parser = Parser(prog="sdedit", description="Edit pictures with SDEdit: noise a guide up to t0, denoise it back.")
     parser.add_argument("--version", action="version", version=f"sdedit-engine {sdedit.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
+    for name in names:
+        module = import_module(f"sdedit.cli.{name}")
         command = commands.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
         module.add_arguments(command)
-        command.set_defaults(parser=command)
+        command.set_defaults(parser=command, run=module.run)
     return parser
 
 
@@ -54,10 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
     debug = os.environ.get("SDEDIT_DEBUG") == "1"
     try:
         with _process_of_our_own(debug):
-            options, unknown = build_parser().parse_known_args(arguments)
+            given = sys.argv[1:] if arguments is None else arguments
+            named = given[:1] if given and given[0] in COMMANDS else COMMANDS
+            options, unknown = build_parser(named).parse_known_args(given)
             if unknown:
                 options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-            code = int(COMMANDS[options.command].run(options))
+            code = int(options.run(options))
             if sys.stdout is not None:
                 sys.stdout.flush()
             return code

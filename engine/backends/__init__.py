@@ -1,6 +1,6 @@
 """What executes the denoiser. A backend holds one loaded artifact and binds it for each edit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
@@ -64,7 +64,7 @@ def open_backend(
         )
     if name != "auto":
         return _open(name, model, threads, provider_options, precision)
-    candidates = AUTO_ORDER if isinstance(model, Artifact) else (model.built_by,)
+    candidates = _candidates(model)
     failures: dict[str, BackendUnavailable | ArtifactError] = {}
     for candidate in candidates:
         try:
@@ -81,6 +81,19 @@ def precisions(name: str, model: "Artifact | Plan") -> tuple[str, ...]:
 
         return openvino.precisions(model)
     return ((model if isinstance(model, Artifact) else model.artifact).precision,)
+
+
+def _candidates(model: "Artifact | Plan") -> Sequence[str]:
+    """What auto tries, best first. Without NVIDIA's driver none of its GPUs' backends works: nothing of them is loaded."""
+    from sdedit.cuda.driver import require_library
+
+    if not isinstance(model, Artifact):
+        return (model.built_by,)
+    try:
+        require_library()
+    except BackendUnavailable:
+        return CPU
+    return AUTO_ORDER
 
 
 def _open(

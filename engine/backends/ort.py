@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU, and what its GPU backends share with it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
-from sdedit.backends import condition_values
+from sdedit.backends import condition_values, ort_cache
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, OptionError, SdeditError
 from sdedit.executor import HostExecutor, Lease
 from sdedit.loop import Array, Denoiser
@@ -23,6 +23,7 @@ PROVIDERS = {
     "ort-tensorrt": "TensorrtExecutionProvider",
 }
 MOST_THREADS = 256
+Providers = list[tuple[str, dict[str, str]]]
 GPU_HINT = "pip uninstall onnxruntime, then pip install 'sdedit-engine[cuda]' (the two share a folder)"
 
 
@@ -96,17 +97,25 @@ class OrtBackend:
 
     def _open(self) -> Any:
         """The session. Raises whatever ONNX Runtime raises."""
-        return self._session_with([(self.provider, {})])
+        providers: Providers = [(self.provider, {})]
+        return ort_cache.open_session(
+            self._artifact, lambda source, change: self._session_with(providers, source=source, change=change)
+        )
 
-    def _session_with(self, providers: list[tuple[str, dict[str, str]]]) -> Any:
+    def _session_with(
+        self, providers: Providers, *, source: str | None = None, change: Callable[[Any], None] | None = None
+    ) -> Any:
+        """source: a file; None is the artifact. change: sets further options."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
+        if change is not None:
+            change(options)
         return onnxruntime.InferenceSession(
-            model_source(self._artifact), options, providers=providers, enable_fallback=0
+            source or model_source(self._artifact), options, providers=providers, enable_fallback=0
         )
 
     def _shape(self, batch: int, size: tuple[int, int] | None) -> tuple[int, int, int, int]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from sdedit import output
 from sdedit.artifact import Artifact
+from sdedit.cache_folder import cache_folder
 from sdedit.cuda.driver import Gpu, target_of
 from sdedit.errors import ArtifactError, OutputError
 from sdedit.tensorrt import plan as plans
@@ -46,15 +47,7 @@ class CacheStatus:
 
 def folder() -> Path:
     """Where plans are kept: SDEDIT_CACHE, else the platform's cache folder."""
-    if given := os.environ.get("SDEDIT_CACHE"):
-        return Path(given) / "plans"
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "sdedit" / "plans"
+    return cache_folder("plans")
 
 
 def find_or_build(

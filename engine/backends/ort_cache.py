@@ -1,0 +1,167 @@
+"""The graph cache: what ONNX Runtime's CPU provider makes of an artifact before it can run it, kept for the next start.
+
+Optimising a graph takes longer than all the rest of opening it. One folder an entry: the optimised graph, its weights
+in a file of their own that is mapped and not read, and what both must be, by SHA-256. An entry is written aside and put
+in place by one rename; it is found by all that shaped it and checked whole before it is used. Whatever goes wrong with
+the cache, the artifact itself is opened. SDEDIT_GRAPH_CACHE=off does without.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sdedit.artifact import Artifact
+from sdedit.cache_folder import cache_folder
+
+FORMAT = 1  # of the entries; another when the options of `_keep` change
+VARIABLE = "SDEDIT_GRAPH_CACHE"
+LEAST_BYTES = 2**20  # a smaller artifact is opened sooner than it is looked up
+MOST_BYTES = 4 * 2**30  # of all entries; the least recently used ones go first
+STALE_SECONDS = 3600  # what a killed process left half-written goes after this
+GRAPH, WEIGHTS, ENTRY, SCRATCH = "graph.onnx", "graph.weights", "entry.json", ".new-"
+
+Change = Callable[[Any], None]  # sets what is special in SessionOptions
+Open = Callable[[str | None, Change | None], Any]  # opens a file, None for the artifact itself, as a session
+
+
+def open_session(artifact: Artifact, open_with: Open) -> Any:
+    """A session of the artifact, from the cache where it can be. Raises what `open_with` raises for the artifact."""
+    try:
+        identity = _identity(artifact)
+        entry = None if identity is None else _entry(artifact, identity)
+    except (OSError, RuntimeError):  # no home folder, say
+        entry = None
+    if entry is None:
+        return open_with(None, None)
+    if _is_whole(entry, identity):
+        with suppress(Exception):  # onnxruntime raises its own kinds, and RuntimeError
+            session = open_with(str(entry / GRAPH), _take_as_it_is)
+            with suppress(OSError):  # a cache that may only be read
+                os.utime(entry / ENTRY)
+            return session
+    with suppress(OSError):
+        entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=entry.parent, ignore_cleanup_errors=True) as scratch:
+            made = Path(scratch) / entry.name
+            made.mkdir(mode=0o700)
+            session = None
+            with suppress(Exception):  # of a full disk as of a broken artifact, which then says so below
+                session = open_with(None, _keep(made))
+            if session is not None:
+                with suppress(OSError):
+                    _put(made, entry, identity)
+                return session
+    return open_with(None, None)
+
+
+def _identity(artifact: Artifact) -> dict[str, Any] | None:
+    """All that shapes an optimised graph; None where none is kept."""
+    import onnxruntime
+
+    if os.environ.get(VARIABLE) == "off" or not LEAST_BYTES <= artifact.size_bytes <= MOST_BYTES // 2:
+        return None
+    return {
+        "format": FORMAT,
+        "artifact": artifact.sha256,
+        "onnxruntime": [onnxruntime.__version__, onnxruntime.get_build_info()],
+        "cpu": [sys.platform, platform.machine(), *_cpu()],
+    }
+
+
+def _cpu() -> list[str]:
+    """Which CPU this is and what it can do; the layout of weights depends on it. Empty where the system has no file."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            first = file.read(16384).partition("\n\n")[0]  # all cores are alike
+    except OSError:
+        return []
+    told = ("vendor_id", "cpu family", "model", "model name", "flags", "CPU implementer", "CPU part", "Features")
+    return [line for line in first.splitlines() if line.partition(":")[0].strip() in told]
+
+
+def _entry(artifact: Artifact, identity: dict[str, Any]) -> Path | None:
+    """The folder of the entry; None where ONNX Runtime could not be told its name, which must be text."""
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", artifact.name)[:40].strip("-") or "model"
+    entry = cache_folder("graphs").absolute() / f"{readable}-{key[:24]}"
+    try:
+        str(entry).encode()
+    except UnicodeEncodeError:
+        return None
+    return entry
+
+
+def _is_whole(entry: Path, identity: object) -> bool:
+    """Whether every byte of the entry is what was written, for this identity. ONNX Runtime itself would notice a file
+    that is too short, but not weights that are others.
+    """
+    try:
+        told = json.loads((entry / ENTRY).read_text("utf-8"))
+        return bool(told == _description(entry, identity))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _description(entry: Path, identity: object) -> dict[str, Any]:
+    files = [entry / name for name in (GRAPH, WEIGHTS) if (entry / name).exists()]  # a small net has no file of weights
+    return {"identity": identity, "sha256": {file.name: _sha256(file) for file in files}}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _take_as_it_is(options: Any) -> None:
+    import onnxruntime
+
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+
+
+def _keep(folder: Path) -> Change:
+    """Write what the optimiser made into `folder`."""
+
+    def change(options: Any) -> None:
+        options.optimized_model_filepath = str(folder / GRAPH)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+
+    return change
+
+
+def _put(made: Path, entry: Path, identity: object) -> None:
+    """Put a finished entry in its place, unless another process was first; a damaged one is replaced."""
+    (made / ENTRY).write_text(json.dumps(_description(made, identity)), "utf-8")
+    if entry.exists() and not _is_whole(entry, identity):
+        shutil.rmtree(entry, ignore_errors=True)
+    if not entry.exists():
+        made.rename(entry)
+    _shrink(entry)
+
+
+def _shrink(but: Path) -> None:
+    """Remove the least recently used entries beyond MOST_BYTES, and what killed processes left."""
+    used: list[tuple[float, int, Path]] = []
+    for one in but.parent.iterdir():
+        with suppress(OSError):
+            if one.name.startswith(SCRATCH):
+                if time.time() - one.stat().st_mtime > STALE_SECONDS:
+                    shutil.rmtree(one, ignore_errors=True)
+                continue
+            size = sum(file.stat().st_size for file in one.iterdir())
+            used.append(((one / ENTRY).stat().st_mtime, size, one))
+    total = sum(size for _, size, _ in used)
+    for _, size, one in sorted(used):
+        if total > MOST_BYTES and one != but:
+            shutil.rmtree(one, ignore_errors=True)
+            total -= size
