@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_running(parser)
     parser.add_argument(
+        "--max-ms",
+        type=float,
+        metavar="B",
+        help="as many steps, at most --steps, as are done B milliseconds after the start of the process, file written",
+    )
+    parser.add_argument(
         "--replay",
         metavar="OUT.png",
         help="repeat the edit that made OUT.png, with its options, from the same guide and mask",
@@ -49,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from sdedit import output, record
+    from sdedit.cli import budget
     from sdedit.options import EditOptions
 
     target = Path(arguments.output)
@@ -61,7 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     editor, options = open_fresh(arguments) if arguments.replay is None else open_replay(arguments)
     load_ms = 1e3 * (time.perf_counter() - began)
+    if arguments.max_ms is not None:
+        options |= {"max_ms": arguments.max_ms, "spent_ms": budget.spent_ms(editor, arguments, len(paths))}
     result = edit_with_progress(editor, arguments, options)
+    if result.budget is not None:
+        say(budget.told(result.budget))
     for note in notes(editor, result):
         say(note)
     if target.suffix == ".npy":
@@ -118,7 +129,7 @@ def open_replay(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]
     from sdedit import artifact, companions, record
 
     repeated = record.read(Path(arguments.replay))
-    if changed := [name for name in (*RECORDED, *PINNED) if getattr(arguments, name) is not None]:
+    if changed := [name for name in (*RECORDED, "max_ms", *PINNED) if getattr(arguments, name) is not None]:
         flag = f"--{changed[0].replace('_', '-')}"
         raise OptionError(f"--replay takes its options from the record, not from {flag}", hint=f"leave {flag} out")
     if len(arguments.guides) != 1 or Path(arguments.output).suffix != ".png":
@@ -191,5 +202,6 @@ def report(editor: "Editor", result: "EditResult", paths: list[Path], load_ms: f
         "model": {"name": editor.artifact.name, "sha256": editor.artifact.sha256},
         "seeds": result.seeds,
         "timings": {"load_ms": load_ms, **asdict(result.timings)},
+        **({"budget": asdict(result.budget)} if result.budget else {}),
         "outputs": [str(path) for path in paths],
     }

@@ -16,6 +16,7 @@ from sdedit import artifact as artifacts
 from sdedit import image
 from sdedit.backends import Backend, open_backend
 from sdedit.backends.ort import MOST_THREADS
+from sdedit.budget import Budget, StepTimes, checked_max_ms, pick
 from sdedit.checks import whole
 from sdedit.errors import OptionError
 from sdedit.executor import Batch, Executor
@@ -27,6 +28,8 @@ from sdedit.schedule import StepTable, plan
 
 if TYPE_CHECKING:
     from sdedit.cuda.interop import GpuTensor
+
+MOST_SHAPES = 64  # of edits with a budget, whose step times are remembered
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class EditResult:
     options: EditOptions
     timings: Timings
     executor_notes: tuple[str, ...] = ()
+    budget: Budget | None = None  # why these steps, where `max_ms` was given
 
     @property
     def images(self) -> list[Image.Image]:
@@ -116,6 +120,7 @@ class Editor:
         self.artifact = artifact
         self.backend = backend
         self.sde = artifact.sde
+        self._step_times: dict[object, StepTimes] = {}  # of edits with a budget, by what decides the time of a step
 
     def edit(
         self,
@@ -123,19 +128,31 @@ class Editor:
         *,
         mask: Source | Sequence[Source] | None = None,
         on_step: Callable[[Progress], bool | None] | None = None,
+        max_ms: float | None = None,
+        spent_ms: float = 0.0,
         **options: Any,
     ) -> EditResult:
         """Edit one guide, or each of a list: `samples` results a guide.
 
         guides, mask: a path, a PIL image or a uint8 array (H, W, 3); a mask has its guide's size, white
         repaints, black keeps; one mask serves all guides, or give one each. options: the fields of
-        EditOptions. Raises an SdeditError: ImageError, OptionError, NetworkError, Cancelled.
+        EditOptions. max_ms: a budget in milliseconds from this call to the last result; `spent_ms` of it are gone
+        already. As many steps run as fit into it, at most those there would be without it; `EditResult.budget` tells.
+        Raises an SdeditError: ImageError, OptionError (a budget too small for one step, say), NetworkError, Cancelled.
         """
         began = time.perf_counter()
         chosen = make_options(options).resolved(self.artifact.defaults)
-        table = plan(self.sde, **chosen.schedule())
         jobs = self._jobs(_listed(guides), None if mask is None else _listed(mask), chosen)
         groups = [jobs[at : at + chosen.batch] for at in range(0, len(jobs), chosen.batch)]
+        budget = times = None
+        if max_ms is not None:
+            times = self._times(chosen, groups[0], checked_max_ms(max_ms))
+            gone = spent_ms + 1e3 * (time.perf_counter() - began)
+            budget = pick(
+                max_ms, gone, times, batches=len(groups), repeats=chosen.repeats, most_steps=chosen.schedule()["steps"]
+            )
+            chosen = replace(chosen, steps=budget.steps)
+        table = plan(self.sde, **chosen.schedule())
         total = len(groups) * chosen.repeats * table.steps
         made: list[tuple[Job, Array, Pixels]] = []
         with self.backend.executor(chosen.batch, chosen.conditions, chosen.size) as executor:
@@ -147,7 +164,9 @@ class Editor:
             notes = tuple(executor.notes)
         results = tuple(_result(*one) for one in made)
         timings = Timings(1e3 * (time.perf_counter() - began), 1e3 * loop_s, executor.network_ms, executor.evaluations)
-        return EditResult(results, chosen, timings, notes)
+        if budget is not None and times is not None:
+            times.step_ms.append((timings.loop_ms - len(groups) * budget.finish_ms) / total)
+        return EditResult(results, chosen, timings, notes, budget)
 
     def prepare(self, guide: Source, options: EditOptions, *, seed: int = 0, mask: Source | None = None) -> Job:
         """Read a guide, and its mask, for `batches`; from any thread. options: resolved. Raises ImageError."""
@@ -191,6 +210,24 @@ class Editor:
                 f"unknown option {', '.join(sorted(unknown))}", hint=f"tensors are edited with {', '.join(allowed)}"
             )
         return edit_tensor(self.backend.on_gpu(), self.artifact, guide, mask, stream, make_options(options))
+
+    def _times(self, options: EditOptions, group: list[Job], max_ms: float) -> StepTimes:
+        """How long a step of such edits takes; found out with this one's first batch when none was before."""
+        omega = group[0].omega
+        shape = None if omega is None else (group[0].guide.size, hash(omega.tobytes()))
+        times = self._step_times.setdefault((options.batch, options.size, options.sampler, shape), StepTimes())
+        if not times.step_ms:
+            if len(self._step_times) > MOST_SHAPES:
+                del self._step_times[next(iter(self._step_times))]
+            with self.backend.executor(options.batch, options.conditions, options.size) as executor:
+                made: list[Array] = []
+
+                def run(steps: int) -> None:
+                    few = replace(options, steps=steps, repeats=1)
+                    made[:] = executor.run(_batch(group, few, plan(self.sde, **few.schedule())), None)[0]
+
+                times.calibrate(run, lambda: _pixels(group, made), max_ms)
+        return times
 
     def _jobs(self, guides: list[Source], masks: list[Source] | None, options: EditOptions) -> list[Job]:
         if not guides:
@@ -250,13 +287,19 @@ def load(
 def _run(
     group: list[Job], options: EditOptions, table: StepTable, executor: Executor, on_step: OnStep | None
 ) -> list[tuple[Job, Array, Pixels]]:
-    """One batch. A short group is filled up, so that a result never depends on how many others there were."""
+    """One batch."""
+    batch = _batch(group, options, table)
+    xs, made = executor.run(batch, on_step)
+    pixels = _pixels(group, xs) if made is None or batch.mask is not None else list(made)
+    return list(zip(group, xs, pixels, strict=False))  # a batch that was filled up has more x than jobs
+
+
+def _batch(group: list[Job], options: EditOptions, table: StepTable) -> Batch:
+    """A short group is filled up, so that a result never depends on how many others there were."""
     full = group + [group[-1]] * (options.batch - len(group))
     guide = np.stack([job.x for job in full])
     mask = None if full[0].omega is None else np.stack([job.omega for job in full if job.omega is not None])
-    xs, made = executor.run(Batch(guide, mask, [job.seed for job in full], table, options.repeats), on_step)
-    pixels = _pixels(group, xs) if made is None or mask is not None else list(made)
-    return list(zip(group, xs, pixels, strict=False))  # a batch that was filled up has more x than jobs
+    return Batch(guide, mask, [job.seed for job in full], table, options.repeats)
 
 
 def _result(job: Job, x: Array, pixels: Pixels) -> Result:

@@ -27,7 +27,8 @@ FORMAT = 1
 
 def make(editor: Editor, result: EditResult, index: int) -> dict[str, Any]:
     """The record of result number `index`, as if it had been made alone."""
-    return describe(editor, result.options, result.results[index])
+    record = describe(editor, result.options, result.results[index])
+    return record | {"budget": asdict(result.budget)} if result.budget else record
 
 
 def describe(editor: Editor, options: EditOptions, one: Result) -> dict[str, Any]:

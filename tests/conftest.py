@@ -1,5 +1,6 @@
 """Closed-form models with a small, wide frame, and pictures for them. Tests never need a trained network."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import sdedit
 
 SHAPE = (3, 8, 12)  # channels, height, width: not square, so that swapped axes show
 SMALL_NOISE = {"kind": "ve", "sigma_min": 1e-4, "sigma_max": 1.0}  # at t0 0.01 the noise is below one grey level
+
+os.environ.setdefault("SDEDIT_GRAPH_CACHE", "off")  # no test leaves files in the home of whoever runs it
 
 for name in ("SIGINT", "SIGHUP"):  # tests in the background of a script, or under nohup, inherit them ignored
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:

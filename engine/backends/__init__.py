@@ -84,7 +84,7 @@ def precisions(name: str, model: "Artifact | Plan") -> tuple[str, ...]:
 
 
 def _candidates(model: "Artifact | Plan") -> Sequence[str]:
-    """What auto tries, best first. Without NVIDIA's driver none of its GPUs' backends works: nothing of them is loaded."""
+    """What auto tries, best first: without NVIDIA's driver nothing that needs it, which saves loading it."""
     from sdedit.cuda.driver import require_library
 
     if not isinstance(model, Artifact):

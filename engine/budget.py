@@ -1,0 +1,91 @@
+"""A time budget: how many steps an edit may take, from how long steps have taken here."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sdedit.errors import OptionError
+
+REMEMBERED = 32  # measurements. The next is slower than the slowest of n with probability 1/(n + 1): here 3 %
+FEW = 20  # measurements: with fewer, the slowest is taken to be slower still by what they differ, or by MARGIN
+MARGIN = 0.05
+CALIBRATION = (1, 2, 2)  # steps of the runs that are timed before the first edit; the first one also warms up
+CALIBRATION_SHARE = 0.1  # of the budget: beyond that, what has been timed must do
+
+Clock = Callable[[], float]  # seconds
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Why an edit took the steps it took. All times in milliseconds."""
+
+    max_ms: float  # wanted
+    spent_ms: float  # gone before the first step, or wanted after the last result: reading, calibrating, the caller's
+    step_ms: float  # one step of one batch, as slow as it is expected to be
+    finish_ms: float  # making a batch's pictures
+    evaluations_per_step: int  # batches times repeats
+    most_steps: int  # what would have run without a budget
+    steps: int  # chosen
+
+
+@dataclass
+class StepTimes:
+    """How long steps and their pictures have taken, in edits of one shape: in a calibration, then in every edit."""
+
+    step_ms: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    finish_ms: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+    def calibrate(
+        self,
+        run: Callable[[int], object],
+        finish: Callable[[], object],
+        max_ms: float,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        """run: does that many steps; finish: makes their pictures. Slow ones are timed less often."""
+        began = clock()
+        for steps in CALIBRATION:
+            start = clock()
+            run(steps)
+            mid = clock()
+            finish()
+            self.step_ms.append(1e3 * (mid - start) / steps)
+            self.finish_ms.append(1e3 * (clock() - mid))
+            if 1e3 * (clock() - began) > CALIBRATION_SHARE * max_ms:
+                break
+        if len(self.step_ms) > 1:
+            self.step_ms.popleft()  # the first run's: it also set things up
+            self.finish_ms.popleft()
+
+    def expected(self) -> tuple[float, float]:
+        """Milliseconds of a step and of a batch's pictures that the next edit will hardly exceed."""
+        return _high(self.step_ms), _high(self.finish_ms)
+
+
+def _high(samples: deque[float]) -> float:
+    slowest = max(samples)
+    return slowest if len(samples) >= FEW else slowest + max(slowest - min(samples), MARGIN * slowest)
+
+
+def pick(max_ms: float, spent_ms: float, times: StepTimes, *, batches: int, repeats: int, most_steps: int) -> Budget:
+    """As many steps as fit, at most `most_steps`. Raises OptionError that says the least possible budget."""
+    step_ms, finish_ms = times.expected()
+    evaluations, before = batches * repeats, spent_ms + batches * finish_ms
+    steps = min(most_steps, math.floor((max_ms - before) / (evaluations * step_ms)))
+    if steps < 1:
+        least = math.ceil(before + evaluations * step_ms)
+        raise OptionError(
+            f"max_ms is {max_ms:g}; one step takes {evaluations * step_ms:.0f} ms beyond {before:.0f} ms for all else: "
+            f"the least possible is {least}",
+            hint=f"--max-ms {math.ceil(1.2 * least)}; or fewer samples and repeats, or a smaller model",
+        )
+    return Budget(max_ms, spent_ms, step_ms, finish_ms, evaluations, most_steps, steps)
+
+
+def checked_max_ms(max_ms: object) -> float:
+    """`max_ms` as a float. Raises OptionError."""
+    if isinstance(max_ms, bool) or not isinstance(max_ms, int | float) or not 0 < max_ms < math.inf:
+        raise OptionError(f"max_ms is {max_ms!r}; wanted milliseconds, above 0", hint="--max-ms 500")
+    return float(max_ms)
