@@ -44,7 +44,9 @@ class StepTimes:
         max_ms: float,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """run: does that many steps; finish: makes their pictures. Slow ones are timed less often."""
+        """Forget what was known. run: does that many steps; finish: makes their pictures. Slow ones are timed less."""
+        self.step_ms.clear()
+        self.finish_ms.clear()
         began = clock()
         for steps in CALIBRATION:
             start = clock()
@@ -59,29 +61,24 @@ class StepTimes:
             self.step_ms.popleft()  # the first run's: it also set things up
             self.finish_ms.popleft()
 
-    def expected(self) -> tuple[float, float]:
-        """Milliseconds of a step and of a batch's pictures that the next edit will hardly exceed."""
-        return _high(self.step_ms), _high(self.finish_ms)
+    def pick(self, max_ms: float, spent_ms: float, *, batches: int, repeats: int, most_steps: int) -> Budget:
+        """As many steps as fit, at most `most_steps`. Raises OptionError that says the least possible budget."""
+        step_ms, finish_ms = _high(self.step_ms), _high(self.finish_ms)
+        evaluations, before = batches * repeats, spent_ms + batches * finish_ms
+        steps = min(most_steps, math.floor((max_ms - before) / (evaluations * step_ms)))
+        if steps < 1:
+            least = math.ceil(before + evaluations * step_ms)
+            raise OptionError(
+                f"max_ms is {max_ms:g}; one step takes {evaluations * step_ms:.0f} ms beyond {before:.0f} ms for all "
+                f"else: the least possible is {least}",
+                hint=f"--max-ms {math.ceil(1.2 * least)}; or fewer samples and repeats, or a smaller model",
+            )
+        return Budget(max_ms, spent_ms, step_ms, finish_ms, evaluations, most_steps, steps)
 
 
 def _high(samples: deque[float]) -> float:
     slowest = max(samples)
     return slowest if len(samples) >= FEW else slowest + max(slowest - min(samples), MARGIN * slowest)
-
-
-def pick(max_ms: float, spent_ms: float, times: StepTimes, *, batches: int, repeats: int, most_steps: int) -> Budget:
-    """As many steps as fit, at most `most_steps`. Raises OptionError that says the least possible budget."""
-    step_ms, finish_ms = times.expected()
-    evaluations, before = batches * repeats, spent_ms + batches * finish_ms
-    steps = min(most_steps, math.floor((max_ms - before) / (evaluations * step_ms)))
-    if steps < 1:
-        least = math.ceil(before + evaluations * step_ms)
-        raise OptionError(
-            f"max_ms is {max_ms:g}; one step takes {evaluations * step_ms:.0f} ms beyond {before:.0f} ms for all else: "
-            f"the least possible is {least}",
-            hint=f"--max-ms {math.ceil(1.2 * least)}; or fewer samples and repeats, or a smaller model",
-        )
-    return Budget(max_ms, spent_ms, step_ms, finish_ms, evaluations, most_steps, steps)
 
 
 def checked_max_ms(max_ms: object) -> float:

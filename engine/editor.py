@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from sdedit import artifact as artifacts
 from sdedit import image
 from sdedit.backends import Backend, open_backend
 from sdedit.backends.ort import MOST_THREADS
-from sdedit.budget import Budget, StepTimes, checked_max_ms, pick
+from sdedit.budget import Budget, StepTimes, checked_max_ms
 from sdedit.checks import whole
 from sdedit.errors import OptionError
 from sdedit.executor import Batch, Executor
@@ -120,7 +120,7 @@ class Editor:
         self.artifact = artifact
         self.backend = backend
         self.sde = artifact.sde
-        self._step_times: dict[object, StepTimes] = {}  # of edits with a budget, by what decides the time of a step
+        self._times: dict[object, StepTimes] = {}  # of edits with a budget, by what decides the time of a step
 
     def edit(
         self,
@@ -144,13 +144,10 @@ class Editor:
         chosen = make_options(options).resolved(self.artifact.defaults)
         jobs = self._jobs(_listed(guides), None if mask is None else _listed(mask), chosen)
         groups = [jobs[at : at + chosen.batch] for at in range(0, len(jobs), chosen.batch)]
-        budget = times = None
+        budget = None
         if max_ms is not None:
-            times = self._times(chosen, groups[0], checked_max_ms(max_ms))
-            gone = spent_ms + 1e3 * (time.perf_counter() - began)
-            budget = pick(
-                max_ms, gone, times, batches=len(groups), repeats=chosen.repeats, most_steps=chosen.schedule()["steps"]
-            )
+            times = self._step_times(chosen, groups[0])
+            budget = self._budget(chosen, groups, times, checked_max_ms(max_ms), began - spent_ms / 1e3)
             chosen = replace(chosen, steps=budget.steps)
         table = plan(self.sde, **chosen.schedule())
         total = len(groups) * chosen.repeats * table.steps
@@ -164,7 +161,7 @@ class Editor:
             notes = tuple(executor.notes)
         results = tuple(_result(*one) for one in made)
         timings = Timings(1e3 * (time.perf_counter() - began), 1e3 * loop_s, executor.network_ms, executor.evaluations)
-        if budget is not None and times is not None:
+        if budget is not None:
             times.step_ms.append((timings.loop_ms - len(groups) * budget.finish_ms) / total)
         return EditResult(results, chosen, timings, notes, budget)
 
@@ -211,23 +208,37 @@ class Editor:
             )
         return edit_tensor(self.backend.on_gpu(), self.artifact, guide, mask, stream, make_options(options))
 
-    def _times(self, options: EditOptions, group: list[Job], max_ms: float) -> StepTimes:
-        """How long a step of such edits takes; found out with this one's first batch when none was before."""
+    def _step_times(self, options: EditOptions, group: list[Job]) -> StepTimes:
+        """What is known of how long the steps of such edits take; the caller adds to it."""
         omega = group[0].omega
         shape = None if omega is None else (group[0].guide.size, hash(omega.tobytes()))
-        times = self._step_times.setdefault((options.batch, options.size, options.sampler, shape), StepTimes())
-        if not times.step_ms:
-            if len(self._step_times) > MOST_SHAPES:
-                del self._step_times[next(iter(self._step_times))]
-            with self.backend.executor(options.batch, options.conditions, options.size) as executor:
-                made: list[Array] = []
-
-                def run(steps: int) -> None:
-                    few = replace(options, steps=steps, repeats=1)
-                    made[:] = executor.run(_batch(group, few, plan(self.sde, **few.schedule())), None)[0]
-
-                times.calibrate(run, lambda: _pixels(group, made), max_ms)
+        times = self._times.setdefault((options.batch, options.size, options.sampler, shape), StepTimes())
+        if len(self._times) > MOST_SHAPES:
+            del self._times[next(iter(self._times))]
         return times
+
+    def _budget(
+        self, options: EditOptions, groups: list[list[Job]], times: StepTimes, max_ms: float, began: float
+    ) -> Budget:
+        """The steps that fit, by what is known; where nothing is, or no step seems to fit, by what is timed now."""
+
+        def pick() -> Budget:
+            spent_ms = 1e3 * (time.perf_counter() - began)
+            most = options.schedule()["steps"]
+            return times.pick(max_ms, spent_ms, batches=len(groups), repeats=options.repeats, most_steps=most)
+
+        if times.step_ms:
+            with suppress(OptionError):
+                return pick()
+        made: list[Array] = []
+        with self.backend.executor(options.batch, options.conditions, options.size) as executor:
+
+            def run(steps: int) -> None:
+                few = replace(options, steps=steps, repeats=1)
+                made[:] = executor.run(_batch(groups[0], few, plan(self.sde, **few.schedule())), None)[0]
+
+            times.calibrate(run, lambda: _pixels(groups[0], made), max_ms)
+        return pick()
 
     def _jobs(self, guides: list[Source], masks: list[Source] | None, options: EditOptions) -> list[Job]:
         if not guides:

@@ -9,7 +9,7 @@ import pytest
 import sdedit
 from sdedit import budget, editor
 from sdedit.backends.ort import OrtBackend
-from sdedit.budget import Budget, StepTimes, pick
+from sdedit.budget import Budget, StepTimes
 from sdedit.cli import main as cli
 
 GUIDE = np.full((8, 12, 3), 60, np.uint8)
@@ -61,7 +61,7 @@ def measured(step_ms: list[float], finish_ms: float = 0.0) -> StepTimes:
 
 
 def steps(times: StepTimes, max_ms: float, spent_ms: float = 0.0, **shape: int) -> int:
-    return pick(max_ms, spent_ms, times, **({"batches": 1, "repeats": 1, "most_steps": 50} | shape)).steps
+    return times.pick(max_ms, spent_ms, **({"batches": 1, "repeats": 1, "most_steps": 50} | shape)).steps
 
 
 def test_as_many_steps_as_fit_run():
@@ -141,6 +141,14 @@ def test_edits_that_were_slow_make_the_next_ones_careful(clock, fresh):
     fresh.edit(GUIDE, max_ms=200)
     fresh.edit(GUIDE, max_ms=200, on_step=lambda progress: clock.wait(10))
     assert fresh.edit(GUIDE, max_ms=200).options.steps == 200 // (20 + 10)
+
+
+def test_a_budget_is_only_refused_by_what_is_timed_at_the_moment(clock, fresh):
+    fresh.edit(GUIDE, max_ms=200)
+    fresh.edit(GUIDE, max_ms=200, on_step=lambda progress: clock.wait(500))  # the machine was busy
+    assert fresh.edit(GUIDE, max_ms=200).budget.step_ms == pytest.approx(10.5)
+    with pytest.raises(sdedit.OptionError, match=r"max_ms is 9; one step takes 10 ms beyond 10 ms"):
+        fresh.edit(GUIDE, max_ms=9)
 
 
 def test_steps_are_the_upper_bound_and_time_before_the_call_counts(clock, fresh):
