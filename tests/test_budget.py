@@ -147,7 +147,7 @@ def test_a_budget_is_only_refused_by_what_is_timed_at_the_moment(clock, fresh):
     fresh.edit(GUIDE, max_ms=200)
     fresh.edit(GUIDE, max_ms=200, on_step=lambda progress: clock.wait(500))  # the machine was busy
     assert fresh.edit(GUIDE, max_ms=200).budget.step_ms == pytest.approx(10.5)
-    with pytest.raises(sdedit.OptionError, match=r"max_ms is 9; one step takes 10 ms beyond 10 ms"):
+    with pytest.raises(sdedit.OptionError, match=r"max_ms is 9; one step takes 11 ms beyond 10 ms"):
         fresh.edit(GUIDE, max_ms=9)
 
 
