@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sdedit.errors import ArtifactError as ArtifactError
     from sdedit.errors import BackendUnavailable as BackendUnavailable
     from sdedit.errors import Cancelled as Cancelled
+    from sdedit.errors import ClosedError as ClosedError
     from sdedit.errors import DeviceError as DeviceError
     from sdedit.errors import ImageError as ImageError
     from sdedit.errors import NetworkError as NetworkError
@@ -53,8 +54,8 @@ _HOME = {
     for module, names in {
         "artifact": "Artifact",
         "editor": "Editor EditResult Progress Result Timings load",
-        "errors": "ArtifactError BackendUnavailable Cancelled DeviceError ImageError NetworkError OptionError "
-        "OutOfTolerance OutputError ReplayError SdeditError",
+        "errors": "ArtifactError BackendUnavailable Cancelled ClosedError DeviceError ImageError NetworkError "
+        "OptionError OutOfTolerance OutputError ReplayError SdeditError",
         "folder": "FolderProgress FolderResult edit_folder",
         "loop": "Denoiser Step denoise perturb",
         "noise": "Noise NoiseSource",

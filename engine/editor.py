@@ -21,6 +21,7 @@ from sdedit.checks import whole
 from sdedit.errors import OptionError
 from sdedit.executor import Batch, Executor
 from sdedit.image import Picture, Pixels, Placement, Source
+from sdedit.lifetime import Lifetime
 from sdedit.loop import Array, OnStep, Step
 from sdedit.noise import result_seed
 from sdedit.options import EditOptions, make_options
@@ -114,13 +115,56 @@ class Job:
 
 
 class Editor:
-    """A loaded artifact, ready to edit. Made by `sdedit.load`; may be shared between threads."""
+    """A loaded artifact, ready to edit. Made by `sdedit.load`; may be shared between threads.
+
+    `close`, or the end of a `with` block, frees what it took. From then on it raises ClosedError.
+    """
 
     def __init__(self, artifact: artifacts.Artifact, backend: Backend) -> None:
         self.artifact = artifact
         self.backend = backend
         self.sde = artifact.sde
         self._times: dict[object, StepTimes] = {}  # of edits with a budget, by what decides the time of a step
+        self._lifetime = Lifetime(f"the editor of {artifact.name}", "load the model again: sdedit.load")
+
+    def __enter__(self) -> "Editor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the network, and on a GPU all memory. Edits that run are waited for, later ones refused.
+
+        Results stay valid, those of `edit_tensor` too. Again is no error. Raises ClosedError from inside an edit: end
+        that first, by returning False from `on_step`, say.
+        """
+        self._lifetime.close(self.backend.close)
+
+    def warmup(self, *, masked: bool = False, **options: Any) -> None:
+        """Do now what the first edit with these options would do and later ones would not.
+
+        On a CPU one evaluation of the network: memory for `batch` images of `size`. On a GPU the whole edit: the plan
+        for `batch` is found or built, memory allocated, and the CUDA graph made, which is one for each `batch`,
+        `steps`, kind of sampler, and for edits with and without a mask. Each edit that runs at the same time on a GPU
+        has memory and graph of its own; this makes one. options: the fields of EditOptions. Raises as `edit` does.
+        """
+        chosen = make_options(options).resolved(self.artifact.defaults)
+        table = plan(self.sde, **chosen.schedule())
+        width, height = self.artifact.frame(chosen.size)
+        guide = np.zeros((chosen.batch, self.artifact.channels, height, width), np.float32)
+        mask = np.ones((chosen.batch, 1, height, width), np.float32) if masked else None
+        with self._executor(chosen) as executor:
+            executor.warm_up(Batch(guide, mask, [0] * chosen.batch, table, chosen.repeats))
+
+    @contextmanager
+    def _executor(self, options: EditOptions) -> Iterator[Executor]:
+        """Raises ClosedError."""
+        with (
+            self._lifetime.inside(),
+            self.backend.executor(options.batch, options.conditions, options.size) as executor,
+        ):
+            yield executor
 
     def edit(
         self,
@@ -152,7 +196,7 @@ class Editor:
         table = plan(self.sde, **chosen.schedule())
         total = len(groups) * chosen.repeats * table.steps
         made: list[tuple[Job, Array, Pixels]] = []
-        with self.backend.executor(chosen.batch, chosen.conditions, chosen.size) as executor:
+        with self._executor(chosen) as executor:
             loop_began = time.perf_counter()
             for group in groups:
                 report = None if on_step is None else _Report(on_step, executor, total, group)
@@ -181,32 +225,31 @@ class Editor:
         """For the length of a `with` block, a function that edits up to `options.batch` prepared jobs at once.
 
         All of the jobs have a mask or none has; each keeps its own seed. A short batch is filled up, so a result
-        does not depend on its neighbours. For one thread at a time. options: resolved. Raises OptionError,
-        NetworkError.
+        does not depend on its neighbours. For one thread at a time. `close` waits for the block's end. options:
+        resolved. Raises OptionError, NetworkError.
         """
         table = plan(self.sde, **options.schedule())
-        with self.backend.executor(options.batch, options.conditions, options.size) as executor:
+        with self._executor(options) as executor:
             yield lambda jobs: [_result(*made) for made in _run(list(jobs), options, table, executor, None)]
 
-    def edit_tensor(self, guide: Any, *, mask: Any = None, stream: Any = None, **options: Any) -> "GpuTensor":
-        """Edit a batch that lies on the GPU; no picture passes through the host.
+    def edit_tensor(
+        self, guide: Any, *, mask: Any = None, stream: Any = None, **options: Any
+    ) -> "GpuTensor | NDArray[np.float32]":
+        """Edit a batch of tensors that lie where the network runs; none is copied on the way in.
 
-        guide: float32 (B, C, H, W) in [-1, 1] at the model's size, mask: float32 (B, 1, H, W) in [0, 1], 1 = repaint;
-        any library's tensors with `__cuda_array_interface__` or `__dlpack__`. options: t0, steps, sampler, eta, seed
-        (image j has seed + j), repeats, conditions. stream: the CUDA stream that guide and mask are written on and the
-        result is read on: the edit is enqueued in its order, without waiting for the result and without looking for
-        NaN in it. Without one, the result is finished. Returns float32 (B, C, H, W), unclipped, which has both
-        protocols too. Raises OptionError (not a GPU backend, unknown options), ImageError (the tensors), DeviceError,
-        NetworkError.
+        guide: float32 (B, C, H, W) in [-1, 1] at the model's size, mask: float32 (B, 1, H, W) in [0, 1], 1 = repaint.
+        On a GPU any library's tensors with `__cuda_array_interface__` or `__dlpack__`, on a CPU NumPy's and any with
+        `__array_interface__` or `__dlpack__`. options: t0, steps, sampler, eta, seed (image j has seed + j), repeats,
+        conditions. Returns float32 (B, C, H, W), unclipped, which has both protocols too; on a CPU a NumPy array.
+
+        stream, on a GPU: the CUDA stream that guide and mask are written on and the result is read on: the edit is
+        enqueued in its order, without waiting for the result and without looking for NaN in it. Without one, the
+        result is finished. Raises OptionError, ImageError (the tensors), DeviceError, NetworkError.
         """
-        from sdedit.cuda.tensor_edit import edit_tensor
+        from sdedit.tensors import edit_tensor
 
-        allowed = ("t0", "steps", "sampler", "eta", "seed", "repeats", "conditions")
-        if unknown := set(options) - set(allowed):
-            raise OptionError(
-                f"unknown option {', '.join(sorted(unknown))}", hint=f"tensors are edited with {', '.join(allowed)}"
-            )
-        return edit_tensor(self.backend.on_gpu(), self.artifact, guide, mask, stream, make_options(options))
+        with self._lifetime.inside():
+            return edit_tensor(self.backend, self.artifact, guide, mask, stream, options)
 
     def _step_times(self, options: EditOptions, group: list[Job]) -> StepTimes:
         """What is known of how long the steps of such edits take; the caller adds to it."""
@@ -231,7 +274,7 @@ class Editor:
             with suppress(OptionError):
                 return pick()
         made: list[Array] = []
-        with self.backend.executor(options.batch, options.conditions, options.size) as executor:
+        with self._executor(options) as executor:
 
             def run(steps: int) -> None:
                 few = replace(options, steps=steps, repeats=1)

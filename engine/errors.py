@@ -25,6 +25,10 @@ class BackendUnavailable(SdeditError):
     """A backend was asked for that does not work on this machine."""
 
 
+class ClosedError(SdeditError):
+    """An editor is used after it was closed, or closed by the thread that is using it."""
+
+
 class DeviceError(SdeditError):
     """A CUDA call failed on a GPU that works: out of memory, say."""
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -46,6 +46,10 @@ class Executor(Protocol):
         """
         ...
 
+    def warm_up(self, batch: Batch) -> None:
+        """Do once what the first `run` of such a batch would do and later ones would not."""
+        ...
+
 
 Lease = AbstractContextManager[Executor]  # an executor for the length of one edit
 
@@ -70,6 +74,11 @@ class HostExecutor:
             edited = denoise(self._evaluate, x, table, noise, repeat=repeat, guide=inside, mask=mask, on_step=on_step)
             start = blend(guide, edited, mask)
         return edited, None
+
+    def warm_up(self, batch: Batch) -> None:
+        """One evaluation: of the last row, where x = D."""
+        last = StepTable(batch.table.rows[..., -1:, :])
+        self.run(replace(batch, table=last, repeats=1), None)
 
     def _evaluate(self, x: Array, sigma: Array) -> Array:
         began = time.perf_counter()
@@ -104,3 +113,7 @@ class DeviceExecutor:
         x, pixels = self._loop.run(batch, None if on_step is None else counted)
         self.evaluations = before + batch.repeats * batch.table.steps
         return x.copy(), pixels.copy()
+
+    def warm_up(self, batch: Batch) -> None:
+        """The whole edit: its CUDA graph is kept."""
+        self.run(batch, None)

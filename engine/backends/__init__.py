@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from sdedit.artifact import Artifact
-from sdedit.errors import ArtifactError, BackendUnavailable, OptionError
+from sdedit.errors import ArtifactError, BackendUnavailable, ClosedError, OptionError
 from sdedit.executor import Lease
 from sdedit.loop import Denoiser
 
@@ -41,8 +41,15 @@ class Backend(Protocol):
         """What runs edits in batches of this size, for the length of a `with` block. Arguments as for `bind`."""
         ...
 
-    def on_gpu(self) -> "GpuBackend":
-        """Itself, if its network runs on the GPU. Raises OptionError."""
+    def on_gpu(self) -> "GpuBackend | None":
+        """Itself, if its loop runs on the GPU; None for the host loop."""
+        ...
+
+    def close(self) -> None:
+        """Free session, plans and device memory; nothing is executing. What is bound holds them as long as it lives.
+
+        `bind` and `executor` raise ClosedError from then on. May be called again.
+        """
         ...
 
 
@@ -155,6 +162,12 @@ def probe(name: str) -> None:
         openvino.probe(name)
     else:
         raise OptionError(f"unknown backend {name!r}", hint=f"choose one of auto, {', '.join(BACKENDS)}")
+
+
+def require_open(closed: bool) -> None:
+    """Raise ClosedError for a backend that was closed."""
+    if closed:
+        raise ClosedError("the backend is closed", hint="open the model again: sdedit.load")
 
 
 def condition_values(artifact: Artifact, conditions: Mapping[str, float]) -> dict[str, float]:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
-from sdedit.backends import condition_values, ort_cache
-from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, OptionError, SdeditError
+from sdedit.backends import condition_values, ort_cache, require_open
+from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, SdeditError
 from sdedit.executor import HostExecutor, Lease
 from sdedit.loop import Array, Denoiser
 
@@ -75,6 +75,7 @@ class OrtBackend:
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
         self.provider_options: Mapping[str, str] = {}
         self._artifact = artifact
+        self._session: Any = None
         try:
             self._session = self._open()
         except SdeditError:
@@ -86,14 +87,18 @@ class OrtBackend:
             ) from error
 
     def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
+        require_open(self._session is None)
         shape, extra = self._shape(batch, size), self._extra(batch, conditions)
         return _Bound(self._session, shape, extra, shares_memory=self.name == "ort-cpu")
 
     def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
         return nullcontext(HostExecutor(self.bind(batch, conditions, size), draws_ahead=self.threads > 1))
 
-    def on_gpu(self) -> "GpuBackend":
-        raise OptionError(f"{self.name} has no tensors on a GPU", hint="open the model with backend='tensorrt'")
+    def on_gpu(self) -> "GpuBackend | None":
+        return None
+
+    def close(self) -> None:
+        self._session = None
 
     def _open(self) -> Any:
         """The session. Raises whatever ONNX Runtime raises."""

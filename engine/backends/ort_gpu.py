@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdedit.artifact import Artifact, ExtraInput
-from sdedit.backends import condition_values
+from sdedit.backends import condition_values, require_open
 from sdedit.backends.ort import OrtBackend
 from sdedit.cuda.device_loop import DeviceLoop, DeviceNetwork
 from sdedit.cuda.driver import Driver, open_driver, require_library
@@ -159,6 +160,7 @@ class OrtGpuBackend(OrtBackend):
         self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None
     ) -> Iterator[DeviceLoop]:
         """A loop for batches of this size, for the length of a `with` block. Wants the context current."""
+        require_open(self._session is None)
         shape, values = self._shape(batch, size), condition_values(self._artifact, conditions)
         with self._lock, self._pool.lease(shape, self._make_loop) as loop:
             loop.network.set_conditions(values, loop.stream)
@@ -180,10 +182,15 @@ class OrtGpuBackend(OrtBackend):
         return self._driver
 
     def close(self) -> None:
-        """Free what waits for another edit."""
-        if self._driver is not None:
-            with self._driver.current():
-                self._pool.close()
+        if self._driver is None:
+            self._session = None
+            return
+        with self._driver.current():
+            self._pool.close()
+            alive, self._session = None if self._session is None else weakref.ref(self._session), None
+            if self._stream is not None and (alive is None or alive() is None):  # what is bound still runs on it
+                self._driver.free_stream(self._stream)
+                self._stream = None
 
     def __del__(self) -> None:
         if hasattr(self, "_pool"):
@@ -238,4 +245,4 @@ class OrtDeviceNetwork:
             ) from error
 
     def close(self) -> None:
-        self._binding = None
+        self._binding = self._session = None

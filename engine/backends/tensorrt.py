@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdedit.artifact import Artifact, ExtraInput
-from sdedit.backends import condition_values
+from sdedit.backends import condition_values, require_open
 from sdedit.cuda.denoiser import DeviceDenoiser
 from sdedit.cuda.device_loop import DeviceLoop, DeviceNetwork
 from sdedit.cuda.driver import Driver, Pinned, open_driver
@@ -60,7 +60,7 @@ class TensorRtBackend:
         self._engines: dict[int, Any] = {}
         self._compiled: dict[int, rtx.Kernels] = {}  # of TensorRT-RTX's engines
         self._logger = self._library.logger()
-        self._pool = LoopPool()
+        self._pool, self._closed = LoopPool(), False
         require_kernels(self.driver, name)
         self._engine(self._plan.profile[0] if self._plan else 1)  # what is wrong with it shows now
 
@@ -91,11 +91,13 @@ class TensorRtBackend:
         return self
 
     def close(self) -> None:
-        """Free what waits for another edit, and keep the kernels that TensorRT-RTX has compiled."""
+        """See Backend; keeps the kernels that TensorRT-RTX has compiled in their file."""
         with self.driver.current():
             self._pool.close()
-        for compiled in self._compiled.values():
-            compiled.keep()
+            for compiled in self._compiled.values():
+                compiled.keep()
+            self._compiled, self._engines, self._runtime = {}, {}, None  # contexts, then engines, then the runtime
+        self._closed = True
 
     def __del__(self) -> None:
         if hasattr(self, "_pool"):
@@ -141,6 +143,7 @@ class TensorRtBackend:
 
     def _engine(self, batch: int) -> Any:
         """The deserialised engine that serves this batch size."""
+        require_open(self._closed)
         with self._lock:
             key = self._key(batch)
             if key not in self._engines:

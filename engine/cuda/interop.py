@@ -8,6 +8,7 @@ import numpy as np
 
 from sdedit.cuda.graphs import Graphs
 from sdedit.errors import ImageError, OptionError
+from sdedit.tensors import require_shape
 
 KIND_CUDA = 2  # DLDeviceType kDLCUDA
 FLOAT = 2  # DLDataTypeCode kDLFloat
@@ -85,13 +86,7 @@ class GpuView:
                 f"the {role} is {type(tensor).__name__}; wanted a tensor on the GPU",
                 hint="pass one with __cuda_array_interface__ or __dlpack__; edit() takes files, pictures and arrays",
             )
-        fits = len(shape) == len(self.shape) and all(w in (None, s) for w, s in zip(shape, self.shape, strict=True))
-        if not fits:
-            wanted = tuple("B" if side is None else side for side in shape)
-            raise ImageError(
-                f"the {role} is {self.shape}; wanted ({', '.join(map(str, wanted))})",
-                hint="edit() resizes; a tensor has the model's size already",
-            )
+        require_shape(self.shape, shape, role)
 
     def ready_on(self, stream: int, graphs: Graphs) -> int:
         """Its address, for what is enqueued on `stream` from here on: that waits for whoever fills it."""

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, Protocol
 
 from sdedit.artifact import Artifact
@@ -12,9 +11,8 @@ from sdedit.cuda.driver import Driver
 from sdedit.cuda.interop import GpuTensor, GpuView, stream_handle
 from sdedit.errors import OptionError
 from sdedit.executor import Batch
-from sdedit.noise import result_seed
 from sdedit.options import EditOptions
-from sdedit.schedule import plan
+from sdedit.tensors import batch_of
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +46,7 @@ def edit_tensor(
     view = GpuView(guide, (None, artifact.channels, artifact.height, artifact.width), "guide")
     batch = view.shape[0]
     masked = None if mask is None else GpuView(mask, (batch, 1, artifact.height, artifact.width), "mask")
-    chosen = replace(options, batch=batch).resolved(artifact.defaults)
-    table = plan(artifact.sde, **chosen.schedule())
-    seeds = [result_seed(chosen.seed, j) for j in range(batch)]
+    chosen, table, seeds = batch_of(batch, artifact, options)
     with driver.current(), backend.device_loop(batch, chosen.conditions) as loop:
         if theirs is not None:
             driver.graphs.follow(loop.stream, theirs)

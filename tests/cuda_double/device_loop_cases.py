@@ -415,6 +415,7 @@ class Backend:
 
 
 class Model:
+    name = "linear"
     channels, height, width = EVEN
     defaults = MappingProxyType({"steps": 6})
     sde = VP

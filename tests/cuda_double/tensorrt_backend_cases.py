@@ -47,6 +47,10 @@ class Context:
         self.edit, self.batch = np.zeros(1, LINEAR), 0
         self.edit["slope"], self.edit["offset"] = SLOPE, OFFSET
 
+    def __del__(self):
+        with self.driver.current():
+            self.driver.unload(self.module)
+
     def set_input_shape(self, name, shape):
         self.batch = shape[0]
         return self.batch <= self.engine.most

@@ -1,0 +1,153 @@
+"""Warming up and closing on the driver double, which counts what is allocated.
+
+Run by tests/test_device_loop.py in a process of its own, once for each port that is installed.
+"""
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+from closed_form import SDES, gaussian
+
+import sdedit
+from cuda_double.linear import LinearNetwork, double
+from cuda_double.tensorrt_backend_cases import PICTURE, SHAPE, stand_in, write_plan  # noqa: F401, fixtures
+from sdedit.backends import ort_gpu
+from sdedit.cuda.driver import open_driver
+
+open_driver()  # its primary context is the process's, for good
+MADE = {"cuMemAlloc", "cuMemHostAlloc", "cuStreamCreate", "cuStreamBeginCapture", "cuGraphInstantiate"}
+
+
+class Session:
+    """What the backend of ONNX Runtime's providers does with a session but run it."""
+
+    def get_providers(self):
+        return ["CUDAExecutionProvider"]
+
+
+@pytest.fixture
+def ort_cuda(monkeypatch, tmp_path):
+    """An editor of that backend: its session is made up, its network the linear kernel on the session's stream."""
+    path, _ = gaussian(tmp_path / "model.onnx", SDES["vp"], np.zeros(SHAPE), std=0.5)
+
+    class OnTheSessionsStream(LinearNetwork):
+        capturable = False
+
+        def __init__(self, backend, shape):
+            super().__init__(backend.driver, shape)
+            self.stream = backend._stream
+
+    monkeypatch.setattr("sdedit.backends.probe", lambda name: None)
+    monkeypatch.setattr(ort_gpu.OrtGpuBackend, "_session_with", lambda self, providers: Session())
+    monkeypatch.setattr(ort_gpu.OrtGpuBackend, "_network", lambda self, shape: OnTheSessionsStream(self, shape))
+    gc.collect()
+    before = double.live_objects
+    editor = sdedit.load(path, backend="ort-cuda")
+    return editor, before
+
+
+@pytest.fixture
+def tensorrt(write_plan):  # noqa: F811
+    gc.collect()
+    before = double.live_objects
+    return sdedit.load(write_plan()), before
+
+
+@pytest.fixture(params=["tensorrt", "ort_cuda"])
+def opened(request):
+    """An editor, and what was allocated before it."""
+    return request.getfixturevalue(request.param)
+
+
+def test_every_allocation_stream_event_module_and_graph_is_freed(opened):
+    editor, before = opened
+    with editor:
+        for batch, steps in ((1, 4), (2, 4), (2, 7)):
+            editor.edit(PICTURE, batch=batch, steps=steps, samples=3)
+        editor.warmup(batch=3)
+        assert double.live_objects != before
+    gc.collect()  # pycuda frees some things with their last reference
+    assert double.live_objects == before
+    with pytest.raises(sdedit.ClosedError):
+        editor.edit(PICTURE)
+    editor.close()
+    editor.backend.close()
+    with pytest.raises(sdedit.ClosedError, match="the backend is closed"), editor.backend.executor(1, {}):
+        pass
+    assert double.live_objects == before
+
+
+def test_it_is_all_freed_after_eight_threads_and_a_close_in_their_midst(opened):
+    editor, before = opened
+    wanted = [editor.edit(PICTURE, seed=seed, steps=6).x for seed in range(8)]
+    begun, wrong = threading.Semaphore(0), []
+
+    def work(seed):
+        try:
+            while True:
+                begun.release()
+                found = editor.edit(PICTURE, seed=seed, steps=6, batch=1 + seed % 2).x
+                if not np.array_equal(found, wanted[seed]):
+                    wrong.append(seed)
+        except sdedit.ClosedError:
+            return
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for _ in range(32):
+        begun.acquire()
+    editor.close()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    assert wrong == []
+    assert double.live_objects == before
+
+
+def test_tensors_that_were_made_outlive_the_editor(tensorrt):
+    editor, before = tensorrt
+    driver = editor.backend.driver
+    with driver.current():
+        guide = driver.allocate(4 * int(np.prod(SHAPE)))
+        pinned = driver.allocate_pinned(4 * int(np.prod(SHAPE)))
+        pinned[:] = 0
+        stream = driver.make_stream()
+        driver.upload(guide, pinned, stream)
+        driver.synchronize(stream)
+    interface = {"shape": (1, *SHAPE), "typestr": "<f4", "data": (guide, False), "version": 3, "strides": None}
+    ours = type("Tensor", (), {"__cuda_array_interface__": interface})()
+    wanted = editor.edit(np.full((8, 12, 3), 128, np.uint8)).x  # nearly the same guide
+    result = editor.edit_tensor(ours)
+    editor.close()
+    with driver.current():
+        driver.download(pinned, result.pointer, stream)
+        driver.synchronize(stream)
+        found = pinned.view(np.float32).reshape(1, *SHAPE).copy()
+        driver.free_pinned(pinned)
+        driver.free_stream(stream)
+        driver.free(guide)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=0.02)
+    del result
+    gc.collect()
+    assert double.live_objects == before
+
+
+def test_a_stream_that_something_bound_still_runs_on_is_left(ort_cuda):
+    editor, before = ort_cuda
+    kept = editor.backend._session  # as a denoiser of `bind` has it
+    editor.close()
+    assert double.live_objects["streams"] == before["streams"] + 1
+    del kept
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_after_warming_up_an_edit_allocates_and_captures_nothing(masked, opened):
+    editor, _ = opened
+    mask = np.full((8, 12), 255, np.uint8) if masked else None
+    editor.warmup(batch=2, steps=5, masked=masked)
+    double.reset()
+    editor.edit(PICTURE, mask=mask, samples=2, batch=2, steps=5)
+    assert not MADE & set(double.calls)
