@@ -10,7 +10,7 @@ from sdedit.cli.terminal import ProgressBar, print_json, say
 from sdedit.errors import ImageError
 
 if TYPE_CHECKING:
-    from sdedit.folder import FolderProgress, FolderResult
+    from sdedit.ledger import FolderProgress, FolderResult
 
 HELP = "edit every picture of a folder; started again, finish what is left"
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from sdedit.errors import OutputError as OutputError
     from sdedit.errors import ReplayError as ReplayError
     from sdedit.errors import SdeditError as SdeditError
-    from sdedit.folder import FolderProgress as FolderProgress
-    from sdedit.folder import FolderResult as FolderResult
     from sdedit.folder import edit_folder as edit_folder
+    from sdedit.ledger import FolderProgress as FolderProgress
+    from sdedit.ledger import FolderResult as FolderResult
     from sdedit.loop import Denoiser as Denoiser
     from sdedit.loop import Step as Step
     from sdedit.loop import denoise as denoise
@@ -56,7 +56,8 @@ _HOME = {
         "editor": "Editor EditResult Progress Result Timings load",
         "errors": "ArtifactError BackendUnavailable Cancelled ClosedError DeviceError ImageError NetworkError "
         "OptionError OutOfTolerance OutputError ReplayError SdeditError",
-        "folder": "FolderProgress FolderResult edit_folder",
+        "folder": "edit_folder",
+        "ledger": "FolderProgress FolderResult",
         "loop": "Denoiser Step denoise perturb",
         "noise": "Noise NoiseSource",
         "options": "EditOptions",

@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 import sdedit
-from sdedit import folder, record
+from sdedit import record
 from sdedit.cli.main import main
+from sdedit.file_edits import FileEdits
+from sdedit.ledger import claimed
 
 NAMES = ("a.png", "b/c.jpg", "b/d.PNG", "b/e/f.webp", "g.bmp", "h.tif", "ü.png")
 
@@ -307,7 +309,7 @@ def test_only_a_few_pictures_are_held_however_many_there_are(tmp_path, picture, 
     guides = fill(tmp_path / "many", picture, [f"{n}.png" for n in range(60)])
     editor = sdedit.load(network, backend="ort-cpu", threads=1)
     held, most, lock = 0, 0, threading.Lock()
-    prepare, write = sdedit.Editor.prepare, folder._FolderJob._write
+    prepare, write = sdedit.Editor.prepare, FileEdits.write
 
     def counted_prepare(*arguments, **options):
         nonlocal held, most
@@ -324,7 +326,7 @@ def test_only_a_few_pictures_are_held_however_many_there_are(tmp_path, picture, 
         return write(*arguments)
 
     monkeypatch.setattr(sdedit.Editor, "prepare", counted_prepare)
-    monkeypatch.setattr(folder._FolderJob, "_write", counted_write)
+    monkeypatch.setattr(FileEdits, "write", counted_write)
     workers, size = 2, 4
     assert sdedit.edit_folder(editor, guides, out, workers=workers, batch=size, steps=1).edited == 60
     assert size < most <= 4 * size + workers
@@ -401,5 +403,5 @@ def test_options_that_make_no_sense_are_refused(flags, batch, guides, out, capsy
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks are of POSIX")
 def test_two_jobs_do_not_write_to_one_folder(guides, out, editor):
-    with folder._scratch(out), pytest.raises(sdedit.OutputError, match="another job is writing to it"):
+    with claimed(out), pytest.raises(sdedit.OutputError, match="another job is writing to it"):
         sdedit.edit_folder(editor, guides, out, steps=1)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ORT = ("ort-cpu", "ort-cuda", "ort-tensorrt")
 TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the library's module
 BACKENDS = (*ORT, "openvino", *TENSORRT)
+USUAL_BATCH = 4  # within a few percent of the fastest for small networks, and no burden for large ones
 CPU = ("ort-cpu", "openvino")
 AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "ort-cuda", *CPU)  # best first; all keep the artifact's own precision
 
@@ -27,6 +28,7 @@ class Backend(Protocol):
     provider: str  # what executes, in its library's own words
     precision: str  # that it executes in
     threads: int  # of the network on a CPU; 1 on a GPU
+    usual_batch: int  # images in a network call, for a folder of them whose caller does not say
     provider_options: Mapping[str, str]  # what the caller told ONNX Runtime's provider
     versions: Mapping[str, str]  # of the libraries that execute
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
-from sdedit.backends import condition_values, ort_cache, require_open
+from sdedit.backends import USUAL_BATCH, condition_values, ort_cache, require_open
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, SdeditError
 from sdedit.executor import HostExecutor, Lease
 from sdedit.loop import Array, Denoiser
@@ -70,7 +70,7 @@ class OrtBackend:
         import onnxruntime
 
         self.name, self.provider = name, PROVIDERS[name]
-        self.precision = artifact.precision
+        self.precision, self.usual_batch = artifact.precision, USUAL_BATCH
         self.threads = min(usable_cores(), MOST_THREADS) if threads is None else threads
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
         self.provider_options: Mapping[str, str] = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdedit.artifact import Artifact, ExtraInput
-from sdedit.backends import condition_values, require_open
+from sdedit.backends import USUAL_BATCH, condition_values, require_open
 from sdedit.cuda.denoiser import DeviceDenoiser
 from sdedit.cuda.device_loop import DeviceLoop, DeviceNetwork
 from sdedit.cuda.driver import Driver, Pinned, open_driver
@@ -52,6 +52,7 @@ class TensorRtBackend:
         self._plan = model if isinstance(model, Plan) else None
         self._artifact = model.artifact if isinstance(model, Plan) else model
         self.precision = self._artifact.precision
+        self.usual_batch = self._plan.profile[1] if self._plan else USUAL_BATCH
         gpu = self.driver.gpu
         self.provider = f"{self._library.module.__name__} on {gpu.name}, CUDA {gpu.driver}, {self.driver.name}"
         self.versions: Mapping[str, str] = {name: self._library.version, **self.driver.versions}
