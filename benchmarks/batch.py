@@ -2,7 +2,7 @@
 
 python benchmarks/batch.py [-o RESULT.json] [--images 500] [--steps 20] [--batch N] [--runs 2]
 
-The guides are JPEGs of 256x256, cut from an example photograph: decoding, resizing, noise, PNGs, records and the manifest
+The guides are JPEGs of 256x256, cut from an example photograph: decoding, resizing, noise, PNGs, records and manifest
 on the disk are all in the job's time; loading the model is not. First the network alone, bare ONNX Runtime on buffers
 of its own, at every batch size in turn, several times; and again after every run of the job. Memory is the resident
 set, looked at when a picture is done. One JSON object: conditions, ratios, raw samples.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sdedit.cli.arguments import add_json, add_model, add_running, add_schedule
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import ProgressBar, print_json, say
-from sdedit.errors import ImageError
+from sdedit.errors import ImageError, OptionError
 
 if TYPE_CHECKING:
     from sdedit.ledger import FolderProgress, FolderResult
@@ -27,21 +27,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_schedule(parser)
     parser.add_argument("--seed", type=int, help="with a file's path below IN it makes the file's seed (default 0)")
     add_running(parser)
+    parser.add_argument("--batch", type=int, metavar="N", help="pictures in a network call (default 4; a plan's own)")
     parser.add_argument(
-        "--batch", type=int, metavar="N", help="pictures in a network call; faster on a GPU (default 1)"
-    )
+        "--workers", type=int, metavar="N",
+        help="threads that read and write pictures (default: one a core, at most 4); with --ray, actors that hold a "
+        "model (default: as many as fit)",
+    )  # fmt: skip
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="threads that read and write pictures (default: one a core, at most 4)"
-    )
+        "--ray", metavar="ADDRESS",
+        help="run on a Ray cluster: auto is the one this machine belongs to, or else a new one here (as local); all "
+        "paths mean the same on its machines; --threads of each actor default to 1",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="start over, and replace existing output files")
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sdedit.cli.edit import open_fresh
-    from sdedit.folder import edit_folder
-
-    editor, options = open_fresh(arguments)
     bar = ProgressBar("pictures")
 
     def on_file(progress: "FolderProgress") -> None:
@@ -50,17 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
             say(_about(progress.path, progress.error))
         bar.update(progress.done, progress.total)
 
+    places = {
+        "guides": arguments.guides, "output_folder": arguments.output, "masks": arguments.masks,
+        "workers": arguments.workers, "force": arguments.force, "on_file": on_file,
+    }  # fmt: skip
     try:
-        result = edit_folder(
-            editor,
-            arguments.guides,
-            arguments.output,
-            masks=arguments.masks,
-            workers=arguments.workers,
-            force=arguments.force,
-            on_file=on_file,
-            **options,
-        )
+        result = run_here(arguments, places) if arguments.ray is None else run_on_ray(arguments, places)
     finally:
         bar.close()
     if arguments.json:
@@ -73,6 +69,27 @@ def run(arguments: argparse.Namespace) -> int:
             f"{failed} of {total} pictures could not be edited", hint="mend them and run the same command again"
         )
     return OK
+
+
+def run_here(arguments: argparse.Namespace, places: dict[str, Any]) -> "FolderResult":
+    from sdedit.cli.edit import open_fresh
+    from sdedit.folder import edit_folder
+
+    editor, options = open_fresh(arguments)
+    with editor:
+        return edit_folder(editor, **places, **options)
+
+
+def run_on_ray(arguments: argparse.Namespace, places: dict[str, Any]) -> "FolderResult":
+    from sdedit.cli.edit import given_options
+    from sdedit.ray_folder import edit_folder_on_ray
+
+    if arguments.fast:
+        raise OptionError("--fast is for one machine", hint="name --backend and --precision, and all workers agree")
+    return edit_folder_on_ray(
+        arguments.model, address=arguments.ray, backend=arguments.backend or "auto", precision=arguments.precision,
+        threads=arguments.threads, provider_options=dict(arguments.ep_option or ()), **places, **given_options(arguments),
+    )  # fmt: skip
 
 
 def report(result: "FolderResult") -> dict[str, Any]:

@@ -99,11 +99,8 @@ def output_paths(target: Path, count: int) -> list[Path]:
 
 def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]:
     """The editor and the edit's options, from the command line."""
-    from dataclasses import fields
-
     import sdedit
     from sdedit.backends import CPU
-    from sdedit.options import EditOptions
 
     editor = sdedit.load(
         arguments.model,
@@ -117,8 +114,17 @@ def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]
         backend = editor.backend
         where = f"{backend.threads} threads" if backend.name in CPU else backend.provider
         say(f"backend: {backend.name}, {backend.precision}, {where}")
+    return editor, given_options(arguments)
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The edit's options that the command line gives."""
+    from dataclasses import fields
+
+    from sdedit.options import EditOptions
+
     options = {f.name: v for f in fields(EditOptions) if (v := getattr(arguments, f.name, None)) is not None}
-    return editor, options | {"conditions": dict(arguments.set or ())}
+    return options | {"conditions": dict(arguments.set or ())}
 
 
 def open_replay(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]:

@@ -29,6 +29,7 @@ from sdedit.schedule import StepTable, plan
 
 if TYPE_CHECKING:
     from sdedit.cuda.interop import GpuTensor
+    from sdedit.tensorrt.plan import Plan
 
 MOST_SHAPES = 64  # of edits with a budget, whose step times are remembered
 
@@ -318,24 +319,29 @@ def load(
     """
     if threads is not None:
         threads = whole("threads", threads, 1, MOST_THREADS, hint="leave it out for all cores")
+    opened = open_model(model)
+    if fast:
+        from sdedit.fastest import open_fastest
+
+        if not isinstance(opened, artifacts.Artifact):
+            raise OptionError(
+                f"{opened.path}: a plan is one execution, there is no faster one to choose", hint="leave fast out"
+            )
+        if provider_options:
+            raise OptionError("the fastest execution is looked for without provider options", hint="leave one out")
+        return Editor(*open_fastest(opened, backend=backend, precision=precision, threads=threads))
+    artifact = opened if isinstance(opened, artifacts.Artifact) else opened.artifact
+    return Editor(artifact, open_backend(backend, opened, threads, provider_options, precision))
+
+
+def open_model(model: str | Path | None) -> "artifacts.Artifact | Plan":
+    """What a model's file says, without a backend to run it. Raises ArtifactError."""
     path = artifacts.BUNDLED if model is None else Path(model)
     if path.suffix == ".plan":
         from sdedit.tensorrt import plan as plans
 
-        if fast:
-            raise OptionError(
-                f"{path}: a plan is one execution, there is no faster one to choose", hint="leave fast out"
-            )
-        opened = plans.read(path)
-        return Editor(opened.artifact, open_backend(backend, opened, threads, provider_options, precision))
-    artifact = artifacts.read(path)
-    if fast:
-        from sdedit.fastest import open_fastest
-
-        if provider_options:
-            raise OptionError("the fastest execution is looked for without provider options", hint="leave one out")
-        return Editor(*open_fastest(artifact, backend=backend, precision=precision, threads=threads))
-    return Editor(artifact, open_backend(backend, artifact, threads, provider_options, precision))
+        return plans.read(path)
+    return artifacts.read(path)
 
 
 def _run(

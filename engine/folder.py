@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sdedit import manifest
 from sdedit.backends.ort import usable_cores
@@ -46,7 +46,8 @@ def edit_folder(
         workers = min(usable_cores(), 4)
     workers = whole("workers", workers, 1, MOST_WORKERS, hint="leave it out for one a core, four at most")
     source, target = Path(guides), Path(output_folder)
-    ledger = Ledger(target, chosen, editor.artifact, editor.backend.name, on_file, masked=masks is not None)
+    running = editor.backend.name, editor.backend.precision
+    ledger = Ledger(target, chosen, editor.artifact, running, on_file, masked=masks is not None)
     files = find_guides(source, target, None if masks is None else Path(masks), chosen.seed)
     ahead = chosen.batch + workers
     with (
@@ -57,7 +58,7 @@ def edit_folder(
     ):
         rest = ledger.resume(files, pool, ahead, force=force)
         edits = FileEdits(editor, chosen, scratch, ledger.same)
-        _run(rest, chosen.batch, ahead, edits, run_batch, ledger, pool, clerk)
+        run_files(rest, chosen.batch, ahead, edits, run_batch, ledger, pool, clerk)
     return ledger.result()
 
 
@@ -70,13 +71,25 @@ def folder_options(given: Mapping[str, Any], usual_batch: int, defaults: Mapping
     return chosen
 
 
-def _run(
+class Books(Protocol):
+    """Who is told what came of files."""
+
+    def note(self, entries: Sequence[manifest.Entry]) -> None:
+        """Keep these lines of the manifest. From any one thread at a time."""
+        ...
+
+    def count(self, path: str, error: SdeditError | None = None) -> None:
+        """One more file is finished, and noted."""
+        ...
+
+
+def run_files(
     files: Sequence[GuideFile],
     batch: int,
     ahead: int,
     edits: FileEdits,
     run_batch: RunBatch,
-    ledger: Ledger,
+    books: Books,
     pool: ThreadPoolExecutor,
     clerk: ThreadPoolExecutor,
 ) -> None:
@@ -87,7 +100,7 @@ def _run(
     group: list[tuple[GuideFile, Job]] = []
 
     def note(entries: Sequence[Future[manifest.Entry]]) -> None:
-        ledger.note([entry.result() for entry in entries])
+        books.note([entry.result() for entry in entries])
 
     def submit(entries: list[Future[manifest.Entry]], files: list[tuple[str, SdeditError | None]]) -> None:
         writing.append((clerk.submit(note, entries), files))
@@ -98,7 +111,7 @@ def _run(
         noted, files = writing.popleft()
         noted.result()
         for path, error in files:
-            ledger.count(path, error)
+            books.count(path, error)
 
     def edit_group() -> None:
         entries: list[Future[manifest.Entry]] = []

@@ -53,17 +53,18 @@ OnFile = Callable[[FolderProgress], None]
 
 
 class Ledger:
-    """One job's manifest and progress. For one thread at a time."""
+    """One job's manifest and progress. For one thread at a time. running: backend and precision."""
 
     def __init__(
-        self, target: Path, options: EditOptions, artifact: Artifact, backend: str, on_file: OnFile | None, *,
-        masked: bool,
+        self, target: Path, options: EditOptions, artifact: Artifact, running: tuple[str, str],
+        on_file: OnFile | None, *, masked: bool,
     ) -> None:  # fmt: skip
         self.same: manifest.Entry = {  # in every line, and the same for all files
             "options": json.loads(json.dumps(asdict(options))),
             "masked": masked,
             "artifact_sha256": artifact.sha256,
-            "backend": backend,
+            "backend": running[0],
+            "precision": running[1],
         }
         self._began, self._options = time.perf_counter(), options
         self._manifest, self._on_file = target / manifest.NAME, on_file

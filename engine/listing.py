@@ -49,16 +49,26 @@ def find_guides(source: Path, target: Path, masks: Path | None, seed: int) -> li
         raise ImageError(f"{masks}: its masks would be edited with {source}", hint="put the masks beside the guides")
     files: dict[str, GuideFile] = {}
     for path in sorted(_pictures(source)):
-        written = str(PurePosixPath(path).with_suffix(".png"))
+        written = _written(path)
         if written in files:
             raise OutputError(
                 f"{source}: {files[written].path} and {path} would both become {written}", hint="rename one of them"
             )
-        where = () if masks is None else tuple(dict.fromkeys((masks / written, masks / path)))
-        files[written] = GuideFile(path, source / path, where, target / written, written, file_seed(seed, path))
+        files[written] = guide_file(source, target, masks, seed, path)
     if not files:
         raise ImageError(f"{source}: no pictures in it", hint=f"pictures end in {', '.join(SUFFIXES)}")
     return list(files.values())
+
+
+def guide_file(source: Path, target: Path, masks: Path | None, seed: int, path: str) -> GuideFile:
+    """The guide at `path` below `source`."""
+    written = _written(path)
+    where = () if masks is None else tuple(dict.fromkeys((masks / written, masks / path)))
+    return GuideFile(path, source / path, where, target / written, written, file_seed(seed, path))
+
+
+def _written(path: str) -> str:
+    return str(PurePosixPath(path).with_suffix(".png"))
 
 
 def _pictures(source: Path) -> Iterator[str]:

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
-from sdedit.backends import condition_values
+from sdedit.backends import USUAL_BATCH, condition_values, require_open
 from sdedit.backends.ort import MOST_THREADS, model_source, usable_cores
-from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, OptionError
+from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError
 from sdedit.executor import HostExecutor, Lease
 from sdedit.loop import Array, Denoiser
 
@@ -62,7 +62,7 @@ class OpenVinoBackend:
     def __init__(self, artifact: Artifact, threads: int | None, precision: str | None = None) -> None:
         import openvino
 
-        self.precision = precision or artifact.precision
+        self.precision, self.usual_batch = precision or artifact.precision, USUAL_BATCH
         self.threads = min(usable_cores(), MOST_THREADS) if threads is None else threads
         self.versions: Mapping[str, str] = {"openvino": openvino.__version__.partition("-")[0]}
         self.provider_options: Mapping[str, str] = {}
@@ -78,6 +78,7 @@ class OpenVinoBackend:
             ),
         }
         self._lock = Lock()  # of what is compiled
+        self._closed = False
         self._compiled: dict[tuple[int, int, int, int], Any] = {}
         self._network((1, artifact.channels, artifact.height, artifact.width))  # what is wrong with it shows now
 
@@ -93,12 +94,18 @@ class OpenVinoBackend:
     def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
         return nullcontext(HostExecutor(self.bind(batch, conditions, size), draws_ahead=self.threads > 1))
 
-    def on_gpu(self) -> "GpuBackend":
-        raise OptionError("openvino has no tensors on a GPU", hint="open the model with backend='tensorrt'")
+    def on_gpu(self) -> "GpuBackend | None":
+        return None
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._compiled.clear()
 
     def _network(self, shape: tuple[int, int, int, int]) -> Any:
         """The network compiled for this shape. Shapes that do not change let OpenVINO plan its memory once."""
         with self._lock:
+            require_open(self._closed)
             if shape not in self._compiled:
                 try:
                     model = self._core.read_model(model_source(self._artifact))
