@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--triton", metavar="REPO",
-        help="write it as a model of Triton Inference Server, REPO/NAME/…, instead of -o; backend onnxruntime",
+        help="write it as a model of Triton Inference Server, REPO/NAME/…, instead of -o; backend onnxruntime. Of a "
+        "SOURCE.plan: the network alone, backend tensorrt",
     )  # fmt: skip
     group.add_argument(
         "--max-batch", type=positive, metavar="N", help="with --triton: requests served at once (default 8)"
@@ -67,6 +68,8 @@ def run(arguments: argparse.Namespace, others: Sequence[str]) -> int:
 
 def run_triton(arguments: argparse.Namespace, others: Sequence[str]) -> int:
     """others: the flags of an export without --loop. The name is the model's in Triton."""
+    if arguments.source is not None and arguments.source.endswith(".plan"):
+        return run_triton_plan(arguments, others)
     if arguments.noise not in (None, "graph"):
         raise OptionError(
             "--noise is not for --triton: given noise has the batch as its second dimension, and Triton batches the "
@@ -81,6 +84,29 @@ def run_triton(arguments: argparse.Namespace, others: Sequence[str]) -> int:
         force=arguments.force,
     )  # fmt: skip
     show(arguments, opened, options, str(folder), metadata)
+    return OK
+
+
+def run_triton_plan(arguments: argparse.Namespace, others: Sequence[str]) -> int:
+    """The denoiser of a TensorRT plan. The name is the model's in Triton."""
+    from sdedit.cli.export import require_none
+    from sdedit.export import triton_plan
+    from sdedit.tensorrt import plan as plans
+
+    named = (*(name for name in others if name != "name"), "output", "loop", "max_batch", "guide", *OPTIONS)
+    require_none(arguments, named, "a plan, which is the network alone, for its own batches")
+    plan = plans.read(Path(arguments.source))
+    folder = triton_plan.write(
+        plan.path, plan.sidecar, plan.artifact, Path(arguments.triton), name=arguments.name, force=arguments.force
+    )
+    least, _, most = plan.profile
+    say(
+        f"the network of {plan.artifact.name}: TensorRT {plan.version}, {', '.join(plan.targets)}, batch {least}:{most}"
+    )
+    if arguments.json:
+        print_json({"output": str(folder), triton_plan.PARAMETER: plan.sidecar})
+    else:
+        print(folder)
     return OK
 
 

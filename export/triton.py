@@ -10,10 +10,7 @@ batch. A request's shapes never lack a dimension, so that one value an image is 
 """
 
 import json
-import os
-import re
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +18,13 @@ import onnx
 from onnx import TensorProto, ValueInfoProto
 
 from sdedit.artifact import Artifact
-from sdedit.errors import OptionError, OutputError
-from sdedit.export import loop_graph
-from sdedit.output import reason
+from sdedit.errors import OptionError
+from sdedit.export import loop_graph, triton_repository
+from sdedit.export.triton_repository import GRAPH, Word, to_text
 
-CONFIG, GRAPH = "config.pbtxt", "1/model.onnx"
-OURS = {CONFIG, GRAPH, f"{GRAPH}.data"}
 MAX_BATCH = 8
 LARGEST_BATCH = 2**31 - 1  # an int32 of the schema
 QUEUE_DELAY_US = 5000  # little beside an edit, which is many evaluations of the network
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 TYPES = {
     TensorProto.BOOL: "TYPE_BOOL",
     TensorProto.UINT8: "TYPE_UINT8",
@@ -41,10 +35,6 @@ TYPES = {
     TensorProto.FLOAT: "TYPE_FP32",
     TensorProto.DOUBLE: "TYPE_FP64",
 }
-
-
-class Word(str):
-    """A value of an enumeration: written without quotes."""
 
 
 def write(
@@ -64,72 +54,19 @@ def write(
     repository: made if its parent exists. schedule: the keywords of sdedit.plan. name: the model's in Triton (default:
     the artifact's). Raises OptionError, OutputError.
     """
-    name = opened.name if name is None else name
-    if not NAME.fullmatch(name):
-        raise OptionError(
-            f"name is {name!r}; a model of Triton is named in letters, digits, '_', '-' and '.'", hint="--name my-edit"
-        )
     if not 1 <= max_batch <= LARGEST_BATCH:
         raise OptionError(f"max-batch is {max_batch}; wanted 1 to {LARGEST_BATCH}", hint=f"--max-batch {MAX_BATCH}")
-    target = repository / name
-    try:
-        _check(target, opened, force)
-        new = not repository.exists()
-        # Beside what it becomes, since a rename does not leave a file system
-        with tempfile.TemporaryDirectory(prefix=".sdedit-", dir=repository.parent if new else repository) as scratch:
-            made = Path(scratch, "repository", name)
-            (made / GRAPH).parent.mkdir(parents=True)
-            metadata = loop_graph.write(opened, made / GRAPH, schedule, repeats=repeats, mask=mask, guide=guide)
-            edit = onnx.load(made / GRAPH, load_external_data=False)
-            frame = {"H": opened.height, "W": opened.width}
-            (made / CONFIG).write_text(to_text(configuration(name, edit, metadata, max_batch, frame)), "utf-8")
-            if new:
-                os.rename(made.parent, repository)
-            else:
-                _exchange(made, target, Path(scratch, "old"))
-    except OSError as error:
-        raise OutputError(
-            f"{target}: cannot be written: {reason(error)}", hint="check the disk and the permissions"
-        ) from error
+    name = opened.name if name is None else name
+    metadata: dict[str, Any] = {}
+
+    def fill(folder: Path) -> str:
+        metadata.update(loop_graph.write(opened, folder / GRAPH, schedule, repeats=repeats, mask=mask, guide=guide))
+        edit = onnx.load(folder / GRAPH, load_external_data=False)
+        frame = {"H": opened.height, "W": opened.width}
+        return to_text(configuration(name, edit, metadata, max_batch, frame))
+
+    target = triton_repository.put(repository, name, fill, inputs=[opened.path], force=force)
     return target, metadata
-
-
-def _check(target: Path, opened: Artifact, force: bool) -> None:
-    """Raise OutputError before any work if the folder cannot or must not be written."""
-    repository = target.parent
-    if not repository.parent.is_dir():
-        raise OutputError(f"{repository.parent}: no such folder", hint="make the folder first")
-    if os.path.lexists(repository) and not repository.is_dir():
-        raise OutputError(f"{repository}: is not a folder", hint="name the model repository's folder")
-    place = repository if repository.is_dir() else repository.parent
-    if not os.access(place, os.W_OK):
-        raise OutputError(f"{place}: not writable", hint="choose a folder you may write to")
-    if not os.path.lexists(target):
-        return
-    if not force:
-        raise OutputError(f"{target}: exists already", hint="choose another --name, or --force to replace it")
-    if target.is_symlink() or not target.is_dir():
-        raise OutputError(f"{target}: is a file or a link", hint="choose another --name")
-    if target.resolve() in opened.path.resolve().parents:
-        raise OutputError(f"{target}: would overwrite an input", hint="choose another --name")
-    files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir())
-    if others := [file for file in files if file not in OURS]:
-        raise OutputError(
-            f"{target}: holds more than --force replaces: {others[0]}", hint="choose another --name, or move it away"
-        )
-
-
-def _exchange(made: Path, target: Path, old: Path) -> None:
-    """Put the new folder in place and the old one into scratch; back again if that fails halfway."""
-    existed = os.path.lexists(target)
-    if existed:
-        os.rename(target, old)
-    try:
-        os.rename(made, target)
-    except BaseException:
-        if existed:
-            os.rename(old, target)
-        raise
 
 
 # --- config.pbtxt ----------------------------------------------------------------------------------------------------
@@ -187,26 +124,3 @@ def _sizes(tensor: ValueInfoProto) -> list[int | str]:
 
 def _type(tensor: ValueInfoProto) -> Word:
     return Word(TYPES[tensor.type.tensor_type.elem_type])
-
-
-def to_text(fields: Mapping[str, Any], indent: str = "") -> str:
-    """Fields as protobuf text; several messages of a field one after the other."""
-    lines = []
-    for name, value in fields.items():
-        messages = value if isinstance(value, list) else [value]
-        if messages and all(isinstance(one, dict) for one in messages):
-            lines += [f"{indent}{name} {{\n{to_text(one, indent + '  ')}{indent}}}\n" for one in messages]
-        else:
-            lines.append(f"{indent}{name}: {_scalar(value)}\n")
-    return "".join(lines)
-
-
-def _scalar(value: bool | int | str | Sequence[int]) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case Word() | int():
-            return str(value)
-        case str():
-            return json.dumps(value)  # ASCII, with the escapes of both
-    return f"[ {', '.join(map(str, value))} ]" if value else "[ ]"

@@ -22,7 +22,9 @@ from sdedit.cli.main import COMMANDS
 ROOT = Path(__file__).parents[1]
 HOMES = {"engine": "sdedit", "cli": "sdedit/cli", "export": "sdedit/export"}  # folder -> its place in the wheel
 BASE = ("numpy", "pillow")
-NEED_NEITHER_TORCH_NOR_ONNX = {"sdedit.export.eurosat", "sdedit.export.networks", "sdedit.export.schedules"}
+NEED_NEITHER_TORCH_NOR_ONNX = {
+    f"sdedit.export.{name}" for name in ("eurosat", "networks", "schedules", "triton_plan", "triton_repository")
+}
 MOST_BYTES = 16e6
 
 IMPORT_EACH = """
