@@ -8,8 +8,8 @@ input, steps x picture of it with every request (79 MB for 100 steps at 256x256)
 steps. So the client runs the loop: the rows of `sdedit inspect --json --t0 … --steps …`, noise from sdedit.h, and one
 request a step. For whole edits in one request serve the ONNX file (sdedit.export.triton).
 
-Requests carry the batch first: x [B, C, H, W], sigma [B, 1], further inputs [B, 1]; the answer is denoised. A plan loads
-only where Triton has the version of TensorRT that built it, on the kind of GPU it was built for.
+Requests carry the batch first: x [B, C, H, W], sigma [B, 1], further inputs [B, 1]; the answer is denoised. A plan
+loads only where Triton has the version of TensorRT that built it, on the kind of GPU it was built for.
 """
 
 import json
