@@ -88,7 +88,8 @@ def run_on_ray(arguments: argparse.Namespace, places: dict[str, Any]) -> "Folder
         raise OptionError("--fast is for one machine", hint="name --backend and --precision, and all workers agree")
     return edit_folder_on_ray(
         arguments.model, address=arguments.ray, backend=arguments.backend or "auto", precision=arguments.precision,
-        threads=arguments.threads, provider_options=dict(arguments.ep_option or ()), **places, **given_options(arguments),
+        threads=arguments.threads, provider_options=dict(arguments.ep_option or ()), **places,
+        **given_options(arguments),
     )  # fmt: skip
 
 

@@ -108,6 +108,11 @@ def test_one_at_a_time_is_byte_for_byte_what_the_edit_command_writes(batch, guid
         assert (out / name).with_suffix(".png").read_bytes() == alone.read_bytes()
 
 
+def test_without_a_batch_size_it_is_the_backends_usual_one(guides, out, editor):
+    assert sdedit.edit_folder(editor, guides, out, steps=1).options.batch == editor.backend.usual_batch > 1
+    assert {entry["options"]["batch"] for entry in noted(out)} == {editor.backend.usual_batch}
+
+
 def test_a_result_does_not_depend_on_its_neighbours(batch, guides, out, tmp_path):
     assert batch(guides, out) == 0
     (guides / "a.png").unlink()
@@ -222,8 +227,11 @@ def test_a_job_that_is_done_does_nothing(batch, guides, out, capsys):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == before
 
 
-def test_killed_at_any_moment_it_finishes_the_rest_and_nothing_twice(batch, tmp_path, picture, network, capsys):
-    guides = fill(tmp_path / "many", picture, [f"{n % 5}/{n:03d}.png" for n in range(60)])
+@pytest.mark.parametrize(("kills", "images"), [(4, 60), pytest.param(20, 800, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_finishes_the_rest_and_nothing_twice(
+    kills, images, batch, tmp_path, picture, network, capsys
+):
+    guides = fill(tmp_path / "many", picture, [f"{n % 5}/{n:03d}.png" for n in range(images)])
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     flags = ("--steps", 60)
@@ -232,7 +240,7 @@ def test_killed_at_any_moment_it_finishes_the_rest_and_nothing_twice(batch, tmp_
     killed = tmp_path / "killed"
     words = [sys.executable, "-m", "sdedit.cli.main", *command(guides, killed, network, *flags)]
     moments, cut = random.Random(6), 0
-    for _ in range(4):
+    for _ in range(kills):
         had = len(list(killed.rglob("*.png")))
         with open(os.devnull, "w") as nowhere, subprocess.Popen(words, stdout=nowhere, stderr=nowhere) as running:
             deadline = time.monotonic() + 20
@@ -241,7 +249,7 @@ def test_killed_at_any_moment_it_finishes_the_rest_and_nothing_twice(batch, tmp_
             time.sleep(moments.uniform(0, 0.1))
             cut += running.poll() is None
             running.kill()
-    assert cut
+    assert cut == kills
     capsys.readouterr()
     assert batch(guides, killed, *flags) == 0
     assert written(killed) == whole

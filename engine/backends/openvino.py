@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
 from sdedit.backends import USUAL_BATCH, condition_values, require_open
-from sdedit.backends.ort import MOST_THREADS, model_source, usable_cores
+from sdedit.backends.ort import MOST_THREADS, give_back_memory, model_source, usable_cores
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError
 from sdedit.executor import HostExecutor, Lease
 from sdedit.loop import Array, Denoiser
@@ -101,6 +101,7 @@ class OpenVinoBackend:
         with self._lock:
             self._closed = True
             self._compiled.clear()
+        give_back_memory()
 
     def _network(self, shape: tuple[int, int, int, int]) -> Any:
         """The network compiled for this shape. Shapes that do not change let OpenVINO plan its memory once."""

@@ -1,8 +1,9 @@
 """ONNX Runtime on the CPU, and what its GPU backends share with it."""
 
+import ctypes
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +49,12 @@ def probe(name: str) -> None:
 def usable_cores() -> int:
     """The cores this process may run on, which a cpuset or taskset may have made fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def give_back_memory() -> None:
+    """Let the system have what was freed. glibc keeps it: 950 MB after a session of 114 million weights."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def model_source(artifact: Artifact) -> str | bytes:
@@ -99,6 +106,7 @@ class OrtBackend:
 
     def close(self) -> None:
         self._session = None
+        give_back_memory()
 
     def _open(self) -> Any:
         """The session. Raises whatever ONNX Runtime raises."""

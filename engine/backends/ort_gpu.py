@@ -183,7 +183,7 @@ class OrtGpuBackend(OrtBackend):
 
     def close(self) -> None:
         if self._driver is None:
-            self._session = None
+            super().close()
             return
         with self._driver.current():
             self._pool.close()
