@@ -113,6 +113,7 @@ class Job:
     omega: image.Floats | None  # (1, H, W)
     omega_full: image.Floats | None  # (H, W) at the guide's size
     seed: int
+    table: StepTable | None = None  # another than the batch's: another t0, as many steps
 
 
 class Editor:
@@ -179,8 +180,8 @@ class Editor:
     ) -> EditResult:
         """Edit one guide, or each of a list: `samples` results a guide.
 
-        guides, mask: a path, a PIL image or a uint8 array (H, W, 3); a mask has its guide's size, white
-        repaints, black keeps; one mask serves all guides, or give one each. options: the fields of
+        guides, mask: a path, a file's bytes, a PIL image or a uint8 array (H, W, 3); a mask has its guide's size,
+        white repaints, black keeps; one mask serves all guides, or give one each. options: the fields of
         EditOptions. max_ms: a budget in milliseconds from this call to the last result; `spent_ms` of it are gone
         already. As many steps run as fit into it, at most those there would be without it; `EditResult.budget` tells.
         Raises an SdeditError: ImageError, OptionError (a budget too small for one step, say), NetworkError, Cancelled.
@@ -225,9 +226,9 @@ class Editor:
     def batches(self, options: EditOptions) -> Iterator[Callable[[Sequence[Job]], list[Result]]]:
         """For the length of a `with` block, a function that edits up to `options.batch` prepared jobs at once.
 
-        All of the jobs have a mask or none has; each keeps its own seed. A short batch is filled up, so a result
-        does not depend on its neighbours. For one thread at a time. `close` waits for the block's end. options:
-        resolved. Raises OptionError, NetworkError.
+        All of the jobs have a mask or none has; each keeps its own seed, and its table where it has one. A short batch
+        is filled up, so a result does not depend on its neighbours. For one thread at a time. `close` waits for the
+        block's end. options: resolved. Raises OptionError, NetworkError.
         """
         table = plan(self.sde, **options.schedule())
         with self._executor(options) as executor:
@@ -359,6 +360,9 @@ def _batch(group: list[Job], options: EditOptions, table: StepTable) -> Batch:
     full = group + [group[-1]] * (options.batch - len(group))
     guide = np.stack([job.x for job in full])
     mask = None if full[0].omega is None else np.stack([job.omega for job in full if job.omega is not None])
+    tables = [job.table or table for job in full]
+    same = all(np.array_equal(own.rows, tables[0].rows) for own in tables)
+    table = tables[0] if same else StepTable.stack(tables)
     return Batch(guide, mask, [job.seed for job in full], table, options.repeats)
 
 

@@ -19,7 +19,7 @@ from sdedit.errors import ImageError, OptionError
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-Source = str | Path | Image.Image | Pixels
+Source = str | Path | bytes | Image.Image | Pixels
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom excluded
 
 FITS = ("crop", "pad", "stretch", "exact")
@@ -59,7 +59,12 @@ class Placement:
 
 
 def read(source: Source, channels: int, role: str = "guide") -> Picture:
-    """A path, a PIL image or a uint8 array (H, W, 3) or (H, W) as `channels` channels. Raises ImageError."""
+    """A path, a file's bytes, a PIL image or a uint8 array (H, W, 3) or (H, W), as `channels` channels.
+
+    Raises ImageError.
+    """
+    if isinstance(source, bytes):
+        return _decode(source, f"the {role}", channels, role)
     if isinstance(source, str | Path):
         return _read_file(Path(source), channels, role)
     if isinstance(source, Image.Image):
@@ -89,25 +94,30 @@ def _read_file(path: Path, channels: int, role: str) -> Picture:
         raise ImageError(
             f"{path}: cannot be read: {error.strerror or error}", hint="check the file's permissions"
         ) from error
+    return _decode(data, str(path), channels, role)
+
+
+def _decode(data: bytes, label: str, channels: int, role: str) -> Picture:
+    """A picture file's bytes; `label` is what messages call it."""
     if not data:
-        raise ImageError(f"{path}: is empty (0 bytes)", hint="copy or save the picture again")
-    too_large = ImageError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels", hint="scale the picture down first")
+        raise ImageError(f"{label}: is empty (0 bytes)", hint="copy or save the picture again")
+    too_large = ImageError(f"{label}: more than {MAX_PIXELS // 10**6} megapixels", hint="scale the picture down first")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise too_large
-            pixels, notes = _to_pixels(opened, channels, str(path), role)
+            pixels, notes = _to_pixels(opened, channels, label, role)
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{path}: not a picture, or of an unknown format", hint=FORMATS_HINT) from None
+        raise ImageError(f"{label}: not a picture, or of an unknown format", hint=FORMATS_HINT) from None
     except Image.DecompressionBombError:
         raise too_large from None
     except MemoryError:
-        raise ImageError(f"{path}: does not fit into memory", hint="scale the picture down first") from None
+        raise ImageError(f"{label}: does not fit into memory", hint="scale the picture down first") from None
     except Exception as error:  # Pillow's decoders raise many kinds for a broken file
-        raise ImageError(f"{path}: cannot be decoded: {error}", hint="the file is damaged: save it again") from error
-    return Picture(pixels, str(path), hashlib.sha256(data).hexdigest(), notes)
+        raise ImageError(f"{label}: cannot be decoded: {error}", hint="the file is damaged: save it again") from error
+    return Picture(pixels, label, hashlib.sha256(data).hexdigest(), notes)
 
 
 def _to_pixels(image: Image.Image, channels: int, label: str, role: str) -> tuple[Pixels, tuple[str, ...]]:
