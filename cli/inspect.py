@@ -38,20 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     if path.suffix != ".plan" and (edit := artifact.loop_metadata(path)) is not None:
         print_json({"path": str(path), "edit": edit} if arguments.json else edit)
         return OK
-    described: dict[str, Any]
-    if path.suffix == ".plan":
-        opened, described = plan_and_sidecar(path)
-    else:
-        opened = artifact.read(path)
-        described = {
-            "path": str(path),
-            "size_bytes": opened.size_bytes,
-            "sha256": opened.sha256,
-            "opset": opened.opset,
-            "metadata": opened.metadata,
-            "inputs": [tensor(t) for t in opened.inputs],
-            "outputs": [tensor(t) for t in opened.outputs],
-        }
+    opened, described = describe(path)
     wants_table = any(getattr(arguments, name) is not None for name in ("t0", "steps", "sampler", "eta"))
     if wants_table:
         described["table"] = step_table(opened, arguments)
@@ -60,6 +47,24 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show(described)
     return OK
+
+
+def describe(path: Path) -> tuple["Artifact", dict[str, Any]]:
+    """A model, and what --json says of it."""
+    from sdedit import artifact
+
+    if path.suffix == ".plan":
+        return plan_and_sidecar(path)
+    opened = artifact.read(path)
+    return opened, {
+        "path": str(path),
+        "size_bytes": opened.size_bytes,
+        "sha256": opened.sha256,
+        "opset": opened.opset,
+        "metadata": opened.metadata,
+        "inputs": [tensor(t) for t in opened.inputs],
+        "outputs": [tensor(t) for t in opened.outputs],
+    }
 
 
 def plan_and_sidecar(path: Path) -> tuple["Artifact", dict[str, Any]]:
