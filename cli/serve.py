@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         model = describe(path)[1] | {"path": path.name}
         backend = editor.backend
         say(f"{editor.artifact.name} on {backend.name}, {backend.precision}, batch {batch}: warming up")
+        logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it would tell of every broken form
         if arguments.quiet:
             logging.getLogger("sdedit.serve").setLevel(logging.WARNING)
 

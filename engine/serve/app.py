@@ -34,6 +34,10 @@ def application(service: Service, model: dict[str, Any]) -> App:
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
+    class Nothing(Response):
+        async def __call__(self, *_: object) -> None:
+            """Nobody is there to be answered."""
+
     def told(error: Refusal) -> Response:
         return JSONResponse({"error": str(error), "hint": error.hint}, error.status, error.headers)
 
@@ -42,7 +46,7 @@ def application(service: Service, model: dict[str, Any]) -> App:
             try:
                 answer = await service.edit(request)
             except ClientLeft:
-                raise
+                return Nothing()
             except Exception as error:
                 refused = refusal(error)
                 if refused.status == 500:
@@ -79,7 +83,7 @@ def application(service: Service, model: dict[str, Any]) -> App:
         Route(path, handler, methods=["POST" if handler is edit else "GET"])
         for path, handler in zip(PATHS, handlers, strict=True)
     ]
-    return _watched(Starlette(routes=routes, exception_handlers={HTTPException: other}), service)
+    return _watched(Starlette(routes=routes, exception_handlers={HTTPException: other, Exception: other}), service)
 
 
 _PHRASES = {404: "there is no such path", 405: "not with this method"}
@@ -117,8 +121,6 @@ def _watched(app: "Starlette", service: Service) -> App:
 
         try:
             await app(scope, received, sent)
-        except ClientLeft:
-            pass
         finally:
             path = scope["path"] if scope["path"] in PATHS else "other"
             seconds = time.perf_counter() - began
