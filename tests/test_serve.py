@@ -472,6 +472,20 @@ def test_old_and_hasty_clients_are_served(served, guide):
             assert stream.read(size).startswith(b"\x89PNG")
 
 
+def test_more_connections_than_the_system_allows_are_told_so(editor, guide, monkeypatch):
+    monkeypatch.setattr(server, "most_connections", lambda: 3)
+    with serving(editor) as served:
+        idle = [served.raw() for _ in range(3)]
+        with served.raw() as opened:
+            reply = answer(opened, "GET")
+        assert reply.refused(503) == "3 connections are open already"
+        assert reply.headers["retry-after"] == "1"
+        for one in idle:
+            one.close()
+        wait_for(lambda: not served.service.draining and served.request("GET", "/readyz").status == 200)
+        lives(served, guide)
+
+
 def test_many_idle_connections_are_let_go(served, guide):
     opened = [served.raw() for _ in range(200)]
     lives(served, guide)

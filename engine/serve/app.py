@@ -12,14 +12,14 @@ from sdedit.serve.service import Service
 from sdedit.serve.upload import ClientLeft
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+Scope = MutableMapping[str, Any]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PATHS = ("/edit", "/healthz", "/readyz", "/metrics", "/model")
 LINGER_S = 2.0  # for a client that still sends what was refused
@@ -83,44 +83,30 @@ def application(service: Service, model: dict[str, Any]) -> App:
         Route(path, handler, methods=["POST" if handler is edit else "GET"])
         for path, handler in zip(PATHS, handlers, strict=True)
     ]
-    return _watched(Starlette(routes=routes, exception_handlers={HTTPException: other, Exception: other}), service)
+    app = Starlette(routes=routes, exception_handlers={HTTPException: other, Exception: other})
+    return _counted(_lingering(app), service)
 
 
 _PHRASES = {404: "there is no such path", 405: "not with this method"}
 
 
-def _watched(app: "Starlette", service: Service) -> App:
-    """The application with its requests counted and logged, and refusals that a client can still read."""
+def _counted(app: App, service: Service) -> App:
+    """The application with its requests counted, and logged."""
 
-    async def watched(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         status, length, seed = "left", 0, ""
-        body_is_read = not {b"content-length", b"transfer-encoding"} & {name for name, _ in scope["headers"]}
-
-        async def received() -> Message:
-            nonlocal body_is_read
-            message = await receive()
-            body_is_read |= message["type"] != "http.request" or not message.get("more_body")
-            return message
 
         async def sent(message: Message) -> None:
             nonlocal status, length, seed
             if message["type"] == "http.response.start":
                 status = str(message["status"])
-                headers = dict(message["headers"])
-                seed = headers.get(SEED.lower().encode(), b"").decode()
-                if message["status"] >= 400 and not body_is_read:
-                    message["headers"] = [*message["headers"], (b"connection", b"close")]
-            elif message["type"] == "http.response.body":
-                length += len(message.get("body", b""))
-                if not message.get("more_body") and not body_is_read and int(status) >= 400:
-                    await send({**message, "more_body": True})
-                    await _linger(received)
-                    message = {"type": "http.response.body", "body": b""}
+                seed = dict(message["headers"]).get(SEED.lower().encode(), b"").decode()
+            length += len(message.get("body", b""))
             await send(message)
 
         try:
-            await app(scope, received, sent)
+            await app(scope, receive, sent)
         finally:
             path = scope["path"] if scope["path"] in PATHS else "other"
             seconds = time.perf_counter() - began
@@ -131,14 +117,38 @@ def _watched(app: "Starlette", service: Service) -> App:
             more = f" seed {seed}" if seed else ""
             _log.info("%s %s %s %d bytes %.0f ms%s", scope["method"], target, status, length, 1e3 * seconds, more)
 
-    return watched
+    return counted
 
 
-async def _linger(receive: Receive) -> None:
-    """Throw away what still comes, so that the answer is not lost with a connection that is reset."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_S):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect" or not message.get("more_body"):
-                    return
+def _lingering(app: App) -> App:
+    """The application, whose refusals reach also a client that is still sending: the connection is closed after them,
+    but not at once, for a connection that is reset may lose the answer.
+    """
+
+    async def lingering(scope: Scope, receive: Receive, send: Send) -> None:
+        more_comes = bool({b"content-length", b"transfer-encoding"} & {name for name, _ in scope["headers"]})
+        refused = False
+
+        async def received() -> Message:
+            nonlocal more_comes
+            message = await receive()
+            more_comes = message["type"] == "http.request" and bool(message.get("more_body"))
+            return message
+
+        async def sent(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] >= 400 and more_comes:
+                refused = True
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            elif refused and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_S):
+                        while more_comes:
+                            await received()
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        await app(scope, received, sent)
+
+    return lingering

@@ -70,14 +70,8 @@ class Service:
         with self._memory.share() as share:
             async with self._upload_time():
                 body = await upload.read_body(request, self.limits, share)
-            loop = asyncio.get_running_loop()
-            deadline = loop.time() + self.limits.timeout_s
-            sent = await upload.take_apart(request, kind, body)
-            fields = (*request.query_params.multi_items(), *sent.fields)
-            options = read_options(fields, self.editor, self._batch, self.limits)
-            self._hold_pixels(sent, share)
-            del body
-            return await self._while_wanted(request, self._made(sent, options, deadline), deadline)
+            deadline = asyncio.get_running_loop().time() + self.limits.timeout_s
+            return await self._while_wanted(request, self._made(request, kind, body, share, deadline), deadline)
 
     @asynccontextmanager
     async def _upload_time(self) -> AsyncIterator[None]:
@@ -96,8 +90,7 @@ class Service:
             ) from None
 
     def _hold_pixels(self, sent: Upload, share: Share) -> None:
-        for role, data in sent.files.items():
-            count = upload.pixel_count(data)
+        for role, count in sent.pixels.items():
             if count > self.limits.max_pixels:
                 raise Refusal(
                     413,
@@ -107,8 +100,12 @@ class Service:
             if role == "guide":
                 share.take(BYTES_A_PIXEL * count)
 
-    async def _made(self, sent: Upload, options: EditOptions, deadline: float) -> Answer:
+    async def _made(self, request: "Request", kind: str, body: bytes, share: Share, deadline: float) -> Answer:
         loop = asyncio.get_running_loop()
+        sent = await loop.run_in_executor(self._pool, upload.take_apart, request, kind, body)
+        fields = (*request.query_params.multi_items(), *sent.fields)
+        options = read_options(fields, self.editor, self._batch, self.limits)
+        self._hold_pixels(sent, share)
         job = await loop.run_in_executor(self._pool, self._prepare, sent, options)
         sent.files.clear()
         patience_s = max(0.0, deadline - loop.time())

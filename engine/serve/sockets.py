@@ -41,6 +41,7 @@ def tcp(host: str, port: int, *, allow_remote: bool) -> Iterator[Listener]:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             opened.bind(where)
+            opened.listen()  # who comes before the model is loaded waits
         except OSError as error:
             raise OutputError(
                 f"{host} port {port} cannot be used: {error.strerror or error}",
@@ -64,6 +65,7 @@ def unix(path: Path) -> Iterator[Listener]:
         try:
             opened.bind(str(path))
             os.chmod(path, 0o600)  # nobody can connect before it listens
+            opened.listen()  # from here on a second service sees that it is in use
         except OSError as error:
             raise OutputError(
                 f"{path}: no socket can be made there: {error.strerror or error}",

@@ -1,5 +1,6 @@
 """A request's body: read within its limits, taken apart into pictures and options."""
 
+import asyncio
 import io
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class Upload:
     """What came in a body."""
 
     files: dict[str, bytes] = field(default_factory=dict)  # guide, and where there is one mask
+    pixels: dict[str, int] = field(default_factory=dict)  # of each, as its head says
     fields: list[tuple[str, str]] = field(default_factory=list)  # options beside those of the address
 
 
@@ -68,15 +70,16 @@ async def read_body(request: "Request", limits: Limits, share: Share) -> bytes:
             return bytes(body)
 
 
-async def take_apart(request: "Request", kind: str, body: bytes) -> Upload:
-    """The pictures and options of a body. Raises Refusal."""
-    upload = Upload({"guide": body}) if kind == "image" else await _multipart(request, body)
+def take_apart(request: "Request", kind: str, body: bytes) -> Upload:
+    """The pictures and options of a body. A large form takes a while: not for the event loop. Raises Refusal."""
+    upload = Upload({"guide": body}) if kind == "image" else asyncio.run(_form(request, body))
     if not upload.files.get("guide"):
         raise Refusal(400, "there is no guide", hint="send a picture as the body, or -F guide=@guide.png")
+    upload.pixels = {role: _pixel_count(data) for role, data in upload.files.items()}
     return upload
 
 
-async def _multipart(request: "Request", body: bytes) -> Upload:
+async def _form(request: "Request", body: bytes) -> Upload:
     from starlette.formparsers import MultiPartException, MultiPartParser
 
     async def whole() -> AsyncIterator[bytes]:
@@ -110,7 +113,7 @@ async def _multipart(request: "Request", body: bytes) -> Upload:
     return upload
 
 
-def pixel_count(data: bytes) -> int:
+def _pixel_count(data: bytes) -> int:
     """What the head of a picture says; 0 where there is none to be read, which decoding will explain."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
