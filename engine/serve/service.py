@@ -133,8 +133,8 @@ class Service:
             done, _ = await asyncio.wait({working, leaving}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             leaving.cancel()
-            if not working.done():
-                working.cancel()
+            working.cancel()
+            await asyncio.gather(working, leaving, return_exceptions=True)  # so that its place is free by now
         if working in done:
             return working.result()
         if leaving in done:
