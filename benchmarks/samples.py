@@ -55,8 +55,7 @@ class Setting:
 
     def options(self) -> dict[str, Any]:
         """The keywords of `Editor.edit`, without the seed."""
-        chosen = {name: value for name, value in asdict(self).items() if name not in ("colors", "run", "spacing")}
-        return chosen if self.spacing == "uniform" else chosen | {"spacing": self.spacing}
+        return {name: value for name, value in asdict(self).items() if name not in ("colors", "run")}
 
     def seed(self, guide: int) -> int:
         """Of a guide's result: its index in run a, 2³² more in run b, …"""

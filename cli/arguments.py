@@ -2,6 +2,8 @@
 
 import argparse
 
+SCHEDULE = ("t0", "steps", "sampler", "eta", "spacing")  # what add_schedule adds
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -22,6 +24,9 @@ def add_schedule(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--eta", type=float, metavar="E", help="fresh noise of ddim (default 0) and dpmpp-2m-sde (default 1)"
+    )
+    parser.add_argument(
+        "--spacing", metavar="S", help="of the steps: uniform, log-sigma or karras (default: the model's, else uniform)"
     )
 
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import add_json, add_model, add_running, add_schedule
+from sdedit.cli.arguments import SCHEDULE, add_json, add_model, add_running, add_schedule
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import ProgressBar, print_json, say
 from sdedit.errors import OptionError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sdedit.editor import Editor, EditResult, Progress
 
 HELP = "edit pictures: noise each guide up to t0, denoise it back"
-RECORDED = ("t0", "steps", "sampler", "eta", "seed", "samples", "repeats", "size", "fit", "set")  # a replay has its own
+RECORDED = (*SCHEDULE, "seed", "samples", "repeats", "size", "fit", "set")  # a replay has its own
 PINNED = ("backend", "precision", "fast", "threads", "ep_option")
 
 

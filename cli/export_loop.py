@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import add_schedule, positive
+from sdedit.cli.arguments import SCHEDULE, add_schedule, positive
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import print_json, say
 from sdedit.errors import OptionError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sdedit.artifact import Artifact
     from sdedit.options import EditOptions
 
-OPTIONS = ("t0", "steps", "sampler", "eta", "repeats", "mask", "noise")  # of a whole edit alone
+OPTIONS = (*SCHEDULE, "repeats", "mask", "noise")  # of a whole edit alone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +122,7 @@ def read(arguments: argparse.Namespace, others: Sequence[str], what: str) -> "tu
     forms = arguments.guide or ["uint8"]
     if len(forms) > 1:
         raise OptionError("--guide is given more than once", hint=f"with {what} it is the form of the input")
-    given = {name: getattr(arguments, name) for name in ("t0", "steps", "sampler", "eta")}
+    given = {name: getattr(arguments, name) for name in SCHEDULE}
     repeats = 1 if arguments.repeats is None else arguments.repeats
     import_export()
     opened = artifact.read(Path(arguments.source) if arguments.source else artifact.BUNDLED)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import add_json, add_schedule
+from sdedit.cli.arguments import SCHEDULE, add_json, add_schedule
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import print_json
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json({"path": str(path), "edit": edit} if arguments.json else edit)
         return OK
     opened, described = describe(path)
-    wants_table = any(getattr(arguments, name) is not None for name in ("t0", "steps", "sampler", "eta"))
+    wants_table = any(getattr(arguments, name) is not None for name in SCHEDULE)
     if wants_table:
         described["table"] = step_table(opened, arguments)
     if arguments.json:
@@ -84,9 +84,7 @@ def step_table(opened: "Artifact", arguments: argparse.Namespace) -> dict[str, A
     from sdedit.options import EditOptions
     from sdedit.schedule import COLUMNS, plan
 
-    chosen = EditOptions(t0=arguments.t0, steps=arguments.steps, sampler=arguments.sampler, eta=arguments.eta).resolved(
-        opened.defaults
-    )
+    chosen = EditOptions(**{name: getattr(arguments, name) for name in SCHEDULE}).resolved(opened.defaults)
     table = plan(opened.sde, **chosen.schedule())
     return {"version": table.version, **chosen.schedule(), "columns": list(COLUMNS), "rows": table.rows.tolist()}
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sdedit.noise import NoiseSource as NoiseSource
     from sdedit.options import EditOptions as EditOptions
     from sdedit.schedule import SAMPLERS as SAMPLERS
+    from sdedit.schedule import SPACINGS as SPACINGS
     from sdedit.schedule import StepTable as StepTable
     from sdedit.schedule import plan as plan
     from sdedit.sde import EDM as EDM
@@ -61,7 +62,7 @@ _HOME = {
         "loop": "Denoiser Step denoise perturb",
         "noise": "Noise NoiseSource",
         "options": "EditOptions",
-        "schedule": "SAMPLERS StepTable plan",
+        "schedule": "SAMPLERS SPACINGS StepTable plan",
         "sde": "EDM VE VP VPDiscrete",
     }.items()
     for name in names.split()

@@ -17,7 +17,7 @@ from typing import Any
 from sdedit import protobuf
 from sdedit import sde as schedules
 from sdedit.errors import ArtifactError, OptionError
-from sdedit.schedule import SAMPLERS, checked_steps, checked_t0
+from sdedit.schedule import SAMPLERS, SPACINGS, checked_steps, checked_t0
 
 FORMAT = 1
 OLDEST_OPSET = 17
@@ -98,7 +98,7 @@ class Artifact:
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """t0, steps, sampler: those the artifact recommends."""
+        """t0, steps, sampler, spacing: those the artifact recommends."""
         return self.metadata.get("defaults") or {}
 
     @cached_property
@@ -242,8 +242,11 @@ def _check_defaults(metadata: Mapping[str, Any]) -> None:
         checked_steps(defaults.get("steps", 50), "defaults.steps")
     except OptionError as error:
         raise ArtifactError(str(error), hint=EXPORT_HINT) from None
-    if (sampler := defaults.get("sampler", "ancestral")) not in SAMPLERS:
-        raise ArtifactError(f"defaults.sampler is {sampler!r}; wanted one of {', '.join(SAMPLERS)}", hint=EXPORT_HINT)
+    for name, known in (("sampler", SAMPLERS), ("spacing", SPACINGS)):
+        if name in defaults and defaults[name] not in known:
+            raise ArtifactError(
+                f"defaults.{name} is {defaults[name]!r}; wanted one of {', '.join(known)}", hint=EXPORT_HINT
+            )
 
 
 def _extra_inputs(metadata: Mapping[str, Any]) -> dict[str, ExtraInput]:

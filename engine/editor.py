@@ -241,8 +241,8 @@ class Editor:
 
         guide: float32 (B, C, H, W) in [-1, 1] at the model's size, mask: float32 (B, 1, H, W) in [0, 1], 1 = repaint.
         On a GPU any library's tensors with `__cuda_array_interface__` or `__dlpack__`, on a CPU NumPy's and any with
-        `__array_interface__` or `__dlpack__`. options: t0, steps, sampler, eta, seed (image j has seed + j), repeats,
-        conditions. Returns float32 (B, C, H, W), unclipped, which has both protocols too; on a CPU a NumPy array.
+        `__array_interface__` or `__dlpack__`. options: t0, steps, sampler, eta, spacing, seed (image j has seed + j),
+        repeats, conditions. Returns float32 (B, C, H, W), unclipped, with both protocols too; on a CPU a NumPy array.
 
         stream, on a GPU: the CUDA stream that guide and mask are written on and the result is read on: the edit is
         enqueued in its order, without waiting for the result and without looking for NaN in it. Without one, the

@@ -9,7 +9,7 @@ import numpy as np
 from sdedit.checks import whole
 from sdedit.errors import OptionError
 from sdedit.noise import checked_seed
-from sdedit.schedule import checked_steps, checked_t0, resolve_eta
+from sdedit.schedule import checked_spacing, checked_steps, checked_t0, resolve_eta
 
 MOST_SIDE = 2**16
 MOST = 10_000  # samples of a guide, repeats, images in a batch: more is a slip of the keyboard
@@ -17,12 +17,13 @@ MOST = 10_000  # samples of a guide, repeats, images in a batch: more is a slip 
 
 @dataclass(frozen=True)
 class EditOptions:
-    """How to edit. None takes the artifact's default, else t0 0.5, 50 steps, `ancestral`."""
+    """How to edit. None takes the artifact's default, else t0 0.5, 50 steps, `ancestral`, `uniform`."""
 
     t0: float | None = None  # in (0, 1]: small is faithful to the guide, large is realistic
     steps: int | None = None  # denoising steps actually run, each one network evaluation
     sampler: str | None = None  # one of sdedit.SAMPLERS
     eta: float | None = None  # the share of fresh noise, for ddim and dpmpp-2m-sde
+    spacing: str | None = None  # of the steps, one of sdedit.SPACINGS
     seed: int = 0  # of the first result; result j has seed + j
     samples: int = 1  # results per guide
     repeats: int = 1  # the paper's K: passes, each starting from the last one's result
@@ -44,6 +45,7 @@ class EditOptions:
             steps=checked_steps(defaults.get("steps", 50) if self.steps is None else self.steps),
             sampler=sampler,
             eta=resolve_eta(sampler, self.eta),
+            spacing=checked_spacing(defaults.get("spacing", "uniform") if self.spacing is None else self.spacing),
             seed=checked_seed(self.seed),
             size=_size(self.size),
             conditions=_conditions(self.conditions),
@@ -54,7 +56,7 @@ class EditOptions:
 
     def schedule(self) -> dict[str, Any]:
         """The keywords of `sdedit.plan`."""
-        return {name: getattr(self, name) for name in ("t0", "steps", "sampler", "eta")}
+        return {name: getattr(self, name) for name in ("t0", "steps", "sampler", "eta", "spacing")}
 
 
 def make_options(options: Mapping[str, Any]) -> EditOptions:

@@ -22,6 +22,7 @@ from sdedit.noise import SPECIFICATION
 from sdedit.options import EditOptions, make_options
 
 KEYWORD = "sdedit"
+ADDED_LATER = {"spacing"}  # options that older records do not have: they were made with today's default
 FORMAT = 1
 
 
@@ -86,7 +87,8 @@ def read(path: Path) -> Record:
         )
     try:
         mask, options = found["mask"], found["options"]
-        if set(options) != {f.name for f in fields(EditOptions)} or options["samples"] != 1:
+        wanted = {f.name for f in fields(EditOptions)}
+        if set(options) | ADDED_LATER != wanted or options["samples"] != 1:
             raise ValueError(f"its options are {', '.join(options) or 'none'}")
         return Record(
             make_options(options).resolved({}),

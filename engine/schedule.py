@@ -22,6 +22,8 @@ TABLE_VERSION = 1
 LARGEST_SIGMA = 1e30  # beyond it float32 arithmetic on x has nothing left to say
 MOST_STEPS = 100_000  # more is a slip of the keyboard: the paper's largest N is 1,000
 DEFAULT_ETA = {"ddim": 0.0, "dpmpp-2m-sde": 1.0}  # the samplers that take η
+SPACINGS = ("uniform", "log-sigma", "karras")
+KARRAS_RHO = 7  # of the spacing "karras"
 SAMPLERS = ("em", "ancestral", "ddim", "dpmpp-2m-sde", "er-sde")
 
 
@@ -63,14 +65,22 @@ class StepTable:
 
 
 def plan(
-    sde: Sde, *, t0: float = 0.5, steps: int = 50, sampler: str = "ancestral", eta: float | None = None
+    sde: Sde,
+    *,
+    t0: float = 0.5,
+    steps: int = 50,
+    sampler: str = "ancestral",
+    eta: float | None = None,
+    spacing: str = "uniform",
 ) -> StepTable:
-    """The step table from t0 down to 0 in `steps` steps, uniform in t.
+    """The step table from t0 down to 0 in `steps` steps.
 
     t0 in (0, 1]: where the guide enters. eta: the share of fresh noise, for `ddim` (default 0, at most 1)
-    and `dpmpp-2m-sde` (default 1). Raises OptionError.
+    and `dpmpp-2m-sde` (default 1). spacing: the levels are those of times `uniform` in [0, t0] (the paper's), or
+    go from σ(t0) to the schedule's σ_min and then to 0: by equal factors (`log-sigma`), or with equal steps of
+    σ^(1/7) (`karras`). Raises OptionError.
     """
-    t0, steps = checked_t0(t0), checked_steps(steps)
+    t0, steps, spacing = checked_t0(t0), checked_steps(steps), checked_spacing(spacing)
     eta = resolve_eta(sampler, eta)
     sigmas = sde.sigma(t0 * (np.arange(steps, -1, -1) / steps))  # starts at t0 itself, not one rounding beside it
     if not sigmas[0] <= LARGEST_SIGMA:
@@ -82,6 +92,8 @@ def plan(
     too_close = OptionError(
         f"{steps} steps from t0 {t0} are too close together for this schedule", hint="use fewer steps or a larger t0"
     )
+    if spacing != "uniform" and steps > 1:
+        sigmas = _respaced(spacing, sigmas[0], sde.sigma_min, steps)
     if not np.all(np.diff(sigmas) < 0):
         raise too_close
     with np.errstate(all="ignore"):
@@ -101,6 +113,13 @@ def checked_steps(steps: object, name: str = "steps") -> int:
     return whole(name, steps, 1, MOST_STEPS, hint="50 is a good start")
 
 
+def checked_spacing(spacing: object) -> str:
+    """`spacing`, one of SPACINGS. Raises OptionError."""
+    if not isinstance(spacing, str) or spacing not in SPACINGS:
+        raise OptionError(f"unknown spacing {spacing!r}", hint=f"choose one of {', '.join(SPACINGS)}")
+    return spacing
+
+
 def resolve_eta(sampler: str, eta: float | None) -> float | None:
     """η as the sampler uses it, None for a sampler without one. Raises OptionError."""
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
@@ -113,6 +132,19 @@ def resolve_eta(sampler: str, eta: float | None) -> float | None:
         )
     highest = 1.0 if sampler == "ddim" else MOST_ETA
     return real("eta", eta, 0, highest, with_low=True, hint="0 is deterministic, 1 is the full noise")
+
+
+def _respaced(spacing: str, high: float, low: float, steps: int) -> Floats:
+    """`steps` levels from high down to low, then 0. Not falling where they have no room."""
+    part = np.arange(steps) / (steps - 1)
+    with np.errstate(all="ignore"):
+        if spacing == "log-sigma":
+            levels = np.exp(np.log(high) + part * (np.log(low) - np.log(high)))
+        else:  # Karras et al. 2022, eq. 5
+            ends = np.array((high, low)) ** (1 / KARRAS_RHO)
+            levels = (ends[0] + part * (ends[1] - ends[0])) ** KARRAS_RHO
+    levels[[0, -1]] = high, low  # themselves, not one rounding beside
+    return np.append(levels, 0.0)
 
 
 def _rows(sampler: str, variance_preserving: bool, eta: float, sigmas: Floats) -> list[tuple[float, ...]]:

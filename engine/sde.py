@@ -23,6 +23,11 @@ class Sde(Protocol):
     kind: ClassVar[str]
     variance_preserving: ClassVar[bool]
 
+    @property
+    def sigma_min(self) -> float:
+        """The smallest level above 0 that its networks are trained and sampled at."""
+        ...
+
     def sigma(self, t: ArrayLike) -> Floats:
         """σ(t), float64, the shape of t. t in [0, 1]; σ(0) = 0."""
         ...
@@ -80,6 +85,11 @@ class VP:
         with np.errstate(over="ignore"):
             return np.sqrt(np.expm1(self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2))
 
+    @property
+    def sigma_min(self) -> float:
+        """σ(10⁻³): where Song et al. 2021 end their VP samplers. The schedule itself goes down to 0."""
+        return float(self.sigma(1e-3))
+
     def time(self, sigma: ArrayLike) -> Floats:
         decay = np.asarray(np.log1p(np.asarray(sigma, np.float64) ** 2))  # -log ᾱ
         root = np.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * decay)
@@ -119,6 +129,11 @@ class VPDiscrete:
         with np.errstate(over="ignore"):
             sigma = np.sqrt(np.expm1(np.interp(t, times[finite], decay[finite])))
         return np.where(t > times[finite][-1], np.inf, sigma)
+
+    @property
+    def sigma_min(self) -> float:
+        """That of level 0, ᾱ_0."""
+        return float(self.sigma(1 / len(self.alphas_cumprod)))
 
     def time(self, sigma: ArrayLike) -> Floats:
         times, decay = self._levels()

@@ -18,7 +18,7 @@ from sdedit.schedule import StepTable, plan
 if TYPE_CHECKING:
     from sdedit.cuda.interop import GpuTensor
 
-ALLOWED = ("t0", "steps", "sampler", "eta", "seed", "repeats", "conditions")
+ALLOWED = ("t0", "steps", "sampler", "eta", "spacing", "seed", "repeats", "conditions")
 KIND_CPU = 1  # DLDeviceType kDLCPU
 
 
