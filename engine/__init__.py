@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from sdedit.errors import OutputError as OutputError
     from sdedit.errors import ReplayError as ReplayError
     from sdedit.errors import SdeditError as SdeditError
+    from sdedit.features import FeatureNetwork as FeatureNetwork
+    from sdedit.features import open_features as open_features
     from sdedit.folder import edit_folder as edit_folder
     from sdedit.ledger import FolderProgress as FolderProgress
     from sdedit.ledger import FolderResult as FolderResult
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
     from sdedit.loop import Step as Step
     from sdedit.loop import denoise as denoise
     from sdedit.loop import perturb as perturb
+    from sdedit.metrics import Kid as Kid
+    from sdedit.metrics import kid as kid
+    from sdedit.metrics import kid_difference as kid_difference
+    from sdedit.metrics import l2 as l2
     from sdedit.noise import Noise as Noise
     from sdedit.noise import NoiseSource as NoiseSource
     from sdedit.options import EditOptions as EditOptions
@@ -57,9 +63,11 @@ _HOME = {
         "editor": "Editor EditResult Progress Result Timings load",
         "errors": "ArtifactError BackendUnavailable Cancelled ClosedError DeviceError ImageError NetworkError "
         "OptionError OutOfTolerance OutputError ReplayError SdeditError",
+        "features": "FeatureNetwork open_features",
         "folder": "edit_folder",
         "ledger": "FolderProgress FolderResult",
         "loop": "Denoiser Step denoise perturb",
+        "metrics": "Kid kid kid_difference l2",
         "noise": "Noise NoiseSource",
         "options": "EditOptions",
         "schedule": "SAMPLERS SPACINGS StepTable plan",

@@ -14,7 +14,8 @@ import sdedit
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "pycuda", "openvino"}
 EXPORT_MAY_USE = (
-    "artifact", "backends.ort", "errors", "export", "noise", "output", "schedule", "sde", "verify", "__version__",
+    "artifact", "backends.ort", "errors", "export", "features", "noise", "output", "schedule", "sde", "verify",
+    "__version__",
 )  # fmt: skip
 
 LOADED_BY = """

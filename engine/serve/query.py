@@ -85,6 +85,7 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "steps": _whole,
     "sampler": _word,
     "eta": _real,
+    "spacing": _word,
     "seed": _whole,
     "repeats": _whole,
     "fit": _word,

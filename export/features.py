@@ -1,0 +1,49 @@
+"""Feature networks as TorchScript files, for measurement; `sdedit.features` has those as ONNX."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sdedit.errors import ArtifactError
+from sdedit.features import Convention, FeatureNetwork, require_file
+from sdedit.features import open_features as open_onnx_features
+
+Array = NDArray[np.float32]
+
+
+def open_features(path: str | Path, convention: Convention | None = None) -> FeatureNetwork:
+    """Open a feature network: .onnx, or else TorchScript taking (N, 3, H, W) and returning (N, F).
+
+    A module with an argument `return_features` (the Inception of StyleGAN's metrics) is called with True. Raises
+    ArtifactError, BackendUnavailable.
+    """
+    path = Path(path)
+    if path.suffix == ".onnx":
+        return open_onnx_features(path, convention)
+    module = open_script(path)
+    asked = {"return_features": True} if "return_features" in _arguments(module) else {}
+
+    def run(x: Array) -> Array:
+        with torch.inference_mode():
+            return module(torch.from_numpy(x), **asked).numpy()
+
+    return FeatureNetwork(path, convention or Convention(), run)
+
+
+def open_script(path: Path) -> Any:
+    """A TorchScript module on the CPU. Raises ArtifactError."""
+    require_file(path)
+    try:
+        return torch.jit.load(str(path), map_location="cpu").eval()
+    except Exception as error:  # a RuntimeError with many lines, as a rule
+        raise ArtifactError(
+            f"{path}: not TorchScript: {str(error).strip().splitlines()[0]}",
+            hint="torch.jit.save writes it; a state dict alone is not a network",
+        ) from error
+
+
+def _arguments(module: Any) -> set[str]:
+    return {argument.name for argument in module.forward.schema.arguments}
