@@ -7,13 +7,15 @@ where it was. A cache belongs to one model and one choice of guides, which `made
 
 import argparse
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -157,22 +159,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def opened(arguments: argparse.Namespace) -> tuple[Cache, Guides]:
-    """The cache and the guides that the arguments name. SIGTERM then stops the study when its chunks are finished."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """The cache and the guides that the arguments name. SIGTERM then stops the study, its worker processes too."""
+    signal.signal(signal.SIGTERM, _stop)
     return Cache(arguments.cache, arguments.model, arguments.workers), Guides.load(arguments.photos, arguments.guides)
+
+
+@contextmanager
+def workers(count: int, start: Callable[..., None], *arguments: Any) -> Iterator[ProcessPoolExecutor]:
+    """That many processes, which begin with start(*arguments)."""
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start, arguments)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def save(path: Path, array: NDArray[Any]) -> None:
+    """A .npy file, whole or not at all."""
+    encoded = io.BytesIO()
+    np.save(encoded, array)
+    _replace(path, encoded.getvalue())
+
+
+def _stop(*_: Any) -> None:
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _make(cache: Cache, setting: Setting, guides: Guides, chunks: Sequence[int]) -> None:
     (cache.folder / setting.name).mkdir(exist_ok=True)
-    pool = ProcessPoolExecutor(
-        min(cache.workers, len(chunks)), multiprocessing.get_context("spawn"), _open, (cache.model,)
-    )
-    try:
+    with workers(min(cache.workers, len(chunks)), _open, cache.model) as pool:
         parts = ((cache.chunk(setting, c), setting, guides.photos[CHUNK * c :][:CHUNK], CHUNK * c) for c in chunks)
         for made in pool.map(_make_chunk, *zip(*parts, strict=True)):
             print(made.relative_to(cache.folder), file=sys.stderr, flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _editor: sdedit.Editor  # of a worker process
@@ -180,18 +200,13 @@ _editor: sdedit.Editor  # of a worker process
 
 def _open(model: Path | None) -> None:
     global _editor
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the study is told, and lets its workers finish
     _editor = sdedit.load(model, backend="ort-cpu", threads=1)
 
 
 def _make_chunk(path: Path, setting: Setting, photos: Pictures, first: int) -> Path:
     guides = list(paint(photos, setting.colors))
     edited = _editor.edit(guides, batch=CHUNK, seed=setting.seed(first), **setting.options())
-    pixels = np.stack([one.pixels for one in edited.results])
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("wb") as file:
-        np.save(file, pixels)
-    os.replace(scratch, path)
+    save(path, np.stack([one.pixels for one in edited.results]))
     return path
 
 

@@ -1,0 +1,114 @@
+"""The studies of quality: results are kept, resumable and those of the engine; a report says how complete it is."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from closed_form import SDES, gaussian
+
+import sdedit
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import few_steps
+import samples
+from samples import CHUNK, Cache, Guides, Setting, results
+
+QUICK = Setting(0.5, 2, "ancestral")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    return gaussian(path, SDES["vp"], np.full((3, 64, 64), 0.25), std=0.5)[0]
+
+
+@pytest.fixture(scope="module")
+def guides() -> Guides:
+    photos = np.random.default_rng(0).integers(0, 256, (3 * CHUNK, 8, 8, 3), np.uint8)
+    return Guides(photos.repeat(8, axis=1).repeat(8, axis=2), 2 * CHUNK)
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, guides: Guides, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, np.ndarray]:
+    cache = Cache(tmp_path_factory.mktemp("cache"), model)
+    return cache, results(cache, QUICK, guides)
+
+
+def test_a_settings_results_are_the_engines_with_a_seed_for_each_guide(
+    made: tuple[Cache, np.ndarray], model: Path, guides: Guides
+) -> None:
+    painted = list(guides.painted(6))
+    wanted = sdedit.load(model, backend="ort-cpu", threads=1).edit(painted, t0=0.5, steps=2, batch=CHUNK)
+    assert np.array_equal(made[1], np.stack([one.pixels for one in wanted.results]))
+
+
+def test_only_missing_chunks_are_made_again(made: tuple[Cache, np.ndarray], guides: Guides) -> None:
+    cache, before = made
+    first, second = (cache.chunk(QUICK, c) for c in range(2))
+    marked = np.full_like(np.load(first), 7)
+    np.save(first, marked)
+    second.unlink()
+    assert cache.missing(QUICK, guides) == [1]
+    again = results(cache, QUICK, guides)
+    assert np.array_equal(again, np.concatenate([marked, before[CHUNK:]]))
+    np.save(first, before[:CHUNK])
+
+
+def test_more_guides_begin_with_the_same(guides: Guides) -> None:
+    assert np.array_equal(replace(guides, count=CHUNK).photos, guides.photos[:CHUNK])
+
+
+def test_a_cache_of_another_model_is_refused(made: tuple[Cache, np.ndarray], guides: Guides, tmp_path: Path) -> None:
+    other, _ = gaussian(tmp_path / "other.onnx", SDES["ve"], np.zeros((3, 64, 64)), std=0.5)
+    with pytest.raises(sdedit.OptionError, match="were made with model") as refused:
+        results(replace(made[0], model=other), QUICK, guides)
+    assert refused.value.hint == "name another --cache folder"
+
+
+def test_another_run_has_other_seeds_and_another_folder() -> None:
+    other = replace(QUICK, run="b")
+    assert (QUICK.seed(7), other.seed(7)) == (7, 2**32 + 7)
+    assert QUICK.name != other.name
+
+
+def test_every_setting_of_the_study_has_a_folder_of_its_own() -> None:
+    study = few_steps.settings()
+    assert len({one.name for one in study}) == len(study) == len(few_steps.STEPS) * 15 + 2
+    assert (study[0], study[-1]) == (few_steps.REFERENCE, few_steps.AGAIN)
+    assert {one.steps for one in study[1:14]} == {20, 25}  # those of most interest first
+
+
+def test_the_same_results_are_no_worse_than_em_and_others_are() -> None:
+    rng = np.random.default_rng(0)
+    real, reference = rng.normal(size=(400, 8)), rng.normal(size=(200, 8)) + 0.1
+    distances = np.ones(200)
+    same = few_steps.measure(reference, reference, real, distances)
+    worse = few_steps.measure(reference + 1, reference, real, distances)
+    assert same["kid_minus_em500"]["value"] == same["to_em500_minus_em500"]["value"] == 0
+    for name in ("kid_minus_em500", "to_em500_minus_em500"):
+        assert worse[name]["value"] > 5 * worse[name]["standard_error"]
+
+
+def test_the_plot_is_drawn_from_what_is_there(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from few_steps_plot import draw, title
+
+    figure = {"value": 0.01, "standard_error": 0.001}
+    some = [few_steps.REFERENCE, *few_steps.settings()[1:4]]
+    rows = [asdict(one) | {name: figure for name in ("kid", "to_em500", "l2")} for one in some]
+    conditions = {"model": {"name": "eurosat-64"}, "guides": 1000}
+    study = json.loads(json.dumps({"conditions": conditions, "done": 4, "of": 107, "settings": rows}))
+    draw(study, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert title(study) == "eurosat-64, t0 0.5, 1000 stroke guides; 4 of 107 settings so far"
+
+
+def test_a_number_of_guides_that_fills_no_chunk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdedit.export import eurosat
+
+    monkeypatch.setattr(eurosat, "load", lambda archive, held_out: (np.zeros((50, 64, 64, 3), np.uint8), []))
+    with pytest.raises(sdedit.OptionError, match="guides is 30; wanted a multiple of 20 up to 50"):
+        samples.Guides.load(Path("photos.zip"), 30)
