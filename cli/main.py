@@ -17,7 +17,8 @@ import sdedit
 from sdedit.cli.exits import FAILED, INTERRUPTED, OK, OUT_OF_TOLERANCE, USAGE
 from sdedit.errors import OptionError, OutOfTolerance, SdeditError
 
-COMMANDS = ("edit", "batch", "serve", "export", "build", "verify", "inspect", "doctor")  # each a module of sdedit.cli
+# Each is a module of sdedit.cli.
+COMMANDS = ("edit", "batch", "serve", "export", "build", "verify", "bench", "inspect", "doctor")
 
 
 class Parser(argparse.ArgumentParser):

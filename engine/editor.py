@@ -42,6 +42,7 @@ class Timings:
     loop_ms: float  # noise, network and updates
     network_ms: float | None  # of which the network; None on a GPU, where all of it is one CUDA graph
     evaluations: int  # network calls
+    device_ms: float | None = None  # on a GPU: all steps by CUDA events, between the copies to and from the host
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,10 @@ class Editor:
             loop_s = time.perf_counter() - loop_began
             notes = tuple(executor.notes)
         results = tuple(_result(*one) for one in made)
-        timings = Timings(1e3 * (time.perf_counter() - began), 1e3 * loop_s, executor.network_ms, executor.evaluations)
+        total_ms = 1e3 * (time.perf_counter() - began)
+        timings = Timings(
+            total_ms, 1e3 * loop_s, executor.network_ms, executor.evaluations, device_ms=executor.device_ms
+        )
         if budget is not None:
             times.step_ms.append((timings.loop_ms - len(groups) * budget.finish_ms) / total)
         return EditResult(results, chosen, timings, notes, budget)

@@ -33,6 +33,7 @@ class Executor(Protocol):
 
     evaluations: int  # network calls so far
     network_ms: float | None  # of which this long was spent in the network; None where that is not seen
+    device_ms: float | None  # what the GPU took for all steps so far, by its own clock; None without one
 
     @property
     def notes(self) -> Sequence[str]:
@@ -56,6 +57,8 @@ Lease = AbstractContextManager[Executor]  # an executor for the length of one ed
 
 class HostExecutor:
     """The loop in NumPy, around a denoiser. draws_ahead: noise in a thread beside the network's first evaluation."""
+
+    device_ms: float | None = None
 
     def __init__(self, denoiser: Denoiser, *, draws_ahead: bool = False) -> None:
         self._denoiser, self._draws_ahead = denoiser, draws_ahead
@@ -99,6 +102,7 @@ class DeviceExecutor:
     def __init__(self, loop: "DeviceLoop") -> None:
         self._loop = loop
         self.evaluations = 0
+        self.device_ms: float | None = None
 
     @property
     def notes(self) -> Sequence[str]:
@@ -112,6 +116,7 @@ class DeviceExecutor:
         before = self.evaluations
         x, pixels = self._loop.run(batch, None if on_step is None else counted)
         self.evaluations = before + batch.repeats * batch.table.steps
+        self.device_ms = (self.device_ms or 0) + self._loop.device_ms()
         return x.copy(), pixels.copy()
 
     def warm_up(self, batch: Batch) -> None:

@@ -74,8 +74,9 @@ class DeviceLoop:
             self.stream = driver.make_stream() if network.stream is None else network.stream
             if network.stream is None:
                 self._held.callback(driver.free_stream, self.stream)
-            self._uploaded = driver.make_event()
-            self._held.callback(driver.free_event, self._uploaded)
+            self._uploaded, self._edited = driver.make_event(), driver.make_event()
+            for event in (self._uploaded, self._edited):
+                self._held.callback(driver.free_event, event)
             self._allocate_all(batch, channels, height, width)
             network.bind(*(int(self._edit[name][0]) for name in ("x", "sigma", "denoised")))
             self._held.callback(self._forget_graphs)
@@ -109,6 +110,7 @@ class DeviceLoop:
         """
         self.start(batch, on_step)
         self._launch(self._kernels.pixels, kernels.pixel_grid(self._plane, self.shape[0]), self._edit)
+        self._driver.record(self._edited, self.stream)
         for name in ("x", "pixels"):
             self._driver.download(self._host[name], int(self._edit[name][0]), self.stream)
         self.finish(batch.table)
@@ -147,6 +149,15 @@ class DeviceLoop:
         """Free everything that was allocated here, the network's binding too."""
         self._host = {}
         self._held.close()
+
+    def device_ms(self) -> float:
+        """What the GPU took for the steps of the last `run`: after its uploads, before its downloads."""
+        return self._driver.elapsed_ms(self._uploaded, self._edited)
+
+    @property
+    def graph(self) -> str:
+        """How steps are launched: as one CUDA graph an "edit", as one a "step", or one by one, "off"."""
+        return ("edit" if self._chains else "step") if self._captures else "off"
 
     @property
     def nbytes(self) -> int:
