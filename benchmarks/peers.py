@@ -1,0 +1,338 @@
+"""What a user would use instead, beside sdedit: same network, weights, steps and machine, in interleaved rounds.
+
+python benchmarks/peers.py [--network unet-64] [--steps 50] [--rounds 5] [--json FILE]   measure, or measure more
+python benchmarks/peers.py --first 3 --json FILE                                         time to the first edit
+python benchmarks/peers.py --table FILE                                                  the table of what was kept
+
+Every peer lives in a process of its own and waits there for its turn. A round is one edit of each, in turn, every
+second round backwards; before the first, each makes a short one that is not counted. An edit is timed by the host's
+clock in its process, uint8 pixels in and out, batch 1, all cores; the network by the same clock around its calls; what
+is left is outside the network. Ratios are taken within a round. With --json, rounds are added to those in FILE.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from peer_networks import NAMES, VP, Network, network
+
+import sdedit
+
+OURS, PAPER, EAGER = "sdedit", "original loop", "torch eager"
+PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "diffusers")
+PAUSE_S = 0.3  # before each turn: a library's threads may spin for a while after its own
+
+Round = dict[str, dict[str, float]]
+
+
+# --- a peer's process ------------------------------------------------------------------------------------------------
+
+
+def serve(name: str, request: dict[str, Any]) -> None:
+    """Open a peer; then one edit for every line on stdin, one line of JSON for each."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries may print
+
+    def answer(**found: Any) -> None:
+        print(json.dumps(found), file=answers, flush=True)
+
+    import numpy as np
+    from peer_loops import PEERS, Setting
+
+    described = request["network"]
+    paths = {key: described[key] and Path(described[key]) for key in ("folder", "artifact", "int8")}
+    used = Network(described["name"], described["kind"], **paths)
+    setting = Setting(used, request["steps"], request["t0"], request["sigmas"])
+    open_peer, options = PEERS[name]
+    try:
+        edit = open_peer(setting, **options)
+    except (sdedit.SdeditError, ImportError, LookupError, FileNotFoundError) as error:
+        return answer(skipped=str(error))
+    answer(opened=True)
+    size = setting.network.size
+    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    for line in sys.stdin:
+        if line == "warm up\n":
+            with setting.shortened():
+                edit(picture)
+            answer(warm=True)
+            continue
+        setting.clock.network_s = 0.0
+        began = time.perf_counter()
+        made = edit(picture)
+        edit_ms = 1e3 * (time.perf_counter() - began)
+        if made.shape != picture.shape or made.dtype != np.uint8:
+            return answer(skipped=f"made {made.dtype} {made.shape}")
+        answer(edit_ms=edit_ms, network_ms=1e3 * setting.clock.network_s)
+    return None
+
+
+class Peer:
+    """The other end of `serve`."""
+
+    def __init__(self, name: str, request: dict[str, Any]) -> None:
+        self.name = name
+        command = [sys.executable, __file__, "--serve", name]
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (a pipe could fill up)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True, encoding="utf-8"
+        )
+        self._say(json.dumps(request))
+        self.skipped: str | None = self._hear().get("skipped")
+
+    def warm_up(self) -> None:
+        self._say("warm up")
+        self._hear()
+
+    def edit(self) -> dict[str, float]:
+        self._say("edit")
+        return self._hear()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def _hear(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._stderr.seek(0)
+            raise SystemExit(f"error: {self.name} died:\n{self._stderr.read().decode(errors='replace')}")
+        return dict(json.loads(line))
+
+
+@contextmanager
+def opened(names: Sequence[str], request: dict[str, Any]) -> Iterator[list[Peer]]:
+    """The peers that there are here; the others are named on stderr."""
+    with ExitStack() as held:
+        peers = []
+        for name in names:
+            peer = Peer(name, request)
+            held.callback(peer.close)
+            if peer.skipped is not None:
+                print(f"skipped: {name}: {peer.skipped}", file=sys.stderr)
+            else:
+                peers.append(peer)
+        yield peers
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure_rounds(names: Sequence[str], request: dict[str, Any], rounds: int, seconds: float) -> Iterator[Round]:
+    """Interleaved rounds; none is begun after `seconds`."""
+    began = time.monotonic()  # opening counts
+    with opened(names, request) as peers:
+        for peer in peers:
+            if peer.name != PAPER:  # whose edits are long enough
+                peer.warm_up()
+        for number in range(rounds):
+            if time.monotonic() - began > seconds:
+                return
+            found: Round = {}
+            for peer in peers if number % 2 == 0 else reversed(peers):
+                time.sleep(PAUSE_S)
+                found[peer.name] = peer.edit()
+            yield found
+
+
+def measure_first(names: Sequence[str], request: dict[str, Any], rounds: int) -> Iterator[Round]:
+    """From the start of a process to its first edit: imports, loading and compiling included."""
+    for number in range(rounds):
+        found: Round = {}
+        for name in names if number % 2 == 0 else reversed(names):
+            time.sleep(PAUSE_S)
+            began = time.perf_counter()
+            peer = Peer(name, request)
+            if peer.skipped is None:
+                found[name] = peer.edit() | {"first_ms": 1e3 * (time.perf_counter() - began)}
+            peer.close()
+        yield found
+
+
+def make_request(used: Network, steps: int, t0: float) -> dict[str, Any]:
+    editor = sdedit.load(used.artifact, backend="ort-cpu")
+    table = sdedit.plan(editor.sde, t0=t0, steps=steps, sampler="ancestral" if used.kind == VP else "em")
+    described = {"name": used.name, "kind": used.kind, "folder": str(used.folder), "artifact": str(used.artifact)}
+    described |= {"int8": used.int8 and str(used.int8)}
+    described |= {"sha256": editor.artifact.sha256}
+    return {"network": described, "steps": steps, "t0": t0, "sigmas": [*table.column("sigma").tolist(), 0.0]}
+
+
+def conditions() -> dict[str, Any]:
+    versions = {"sdedit-engine": sdedit.__version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(terse=True), "python": platform.python_version(), "versions": versions,
+        "commit": commit(), "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def cpu() -> str:
+    """The CPU and those of its extensions that decide which kernels run."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = re.search(r"model name\s*: (.*)", text)
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if f" {flag}" in text]
+    return " ".join([name[1] if name else platform.machine(), *flags])
+
+
+def commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+# --- what was found --------------------------------------------------------------------------------------------------
+
+
+def tables(kept: dict[str, Any]) -> str:
+    """Markdown of everything that a file holds."""
+    steps, used = kept["steps"], kept["network"]
+    rounds: list[Round] = [one for call in kept["calls"] for one in call["rounds"]]
+    firsts: list[Round] = [one for call in kept["calls"] for one in call["first"]]
+    about = kept["calls"][-1]["conditions"]
+    said = ", ".join(f"{name} {one}" for name, one in about["versions"].items())
+    lines = [f"{used}, t0 {kept['t0']}, batch 1, {about['cores']} cores of {about['cpu']}; {said}"]
+    if rounds:
+        lines += ["", *edit_table(rounds, steps, round(kept["t0"] * 1000))]
+    if firsts:
+        lines += ["", *first_table(firsts)]
+    return "\n".join(lines) + "\n"
+
+
+def names_in(rounds: Sequence[Round]) -> list[str]:
+    return list(dict.fromkeys(name for one in rounds for name in sorted(one, key=order)))
+
+
+def order(name: str) -> int:
+    from peer_loops import PEERS
+
+    return list(PEERS).index(name)
+
+
+def edit_table(rounds: Sequence[Round], steps: int, paper_steps: int) -> list[str]:
+    lines = [
+        "| | steps | ms an edit | ms a step | µs a step outside the network | its time ÷ sdedit's "
+        "| torch eager's ÷ its | rounds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in sorted(names_in(rounds), key=order):
+        found = [one[name] for one in rounds if name in one]
+        count = paper_steps if name == PAPER else steps
+        edit_ms = statistics.median(one["edit_ms"] for one in found)
+        outside = statistics.median(one["edit_ms"] - one["network_ms"] for one in found)
+        lines.append(
+            f"| {name} | {count} | {edit_ms:.0f} | {edit_ms / count:.1f} | {1e3 * outside / count:.0f} | "
+            f"{ratio(rounds, name, OURS)} | {ratio(rounds, EAGER, name)} | {len(found)} |"
+        )
+    return lines
+
+
+def ratio(rounds: Sequence[Round], name: str, of: str, what: str = "edit_ms") -> str:
+    """Median of the ratios within a round, and the smallest and largest."""
+    found = [one[name][what] / one[of][what] for one in rounds if name in one and of in one]
+    if not found or name == of:
+        return "1" if found else "-"
+    return f"{statistics.median(found):.2f} ({min(found):.2f}–{max(found):.2f})"
+
+
+def first_table(firsts: Sequence[Round]) -> list[str]:
+    lines = [
+        "| from the start of a process | to its first edit, s | its time ÷ sdedit's | starts |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name in sorted(names_in(firsts), key=order):
+        found = [one[name]["first_ms"] / 1e3 for one in firsts if name in one]
+        lines.append(
+            f"| {name} | {statistics.median(found):.2f} | {ratio(firsts, name, OURS, 'first_ms')} | {len(found)} |"
+        )
+    return lines
+
+
+def load_kept(path: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds, or nothing yet. Ends the program if it was measured with something else."""
+    if path is None or not path.exists():
+        return asked | {"calls": []}
+    kept: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    if any(kept[key] != value for key, value in asked.items()):
+        raise SystemExit(f"error: {path} holds {kept['network']}, {kept['steps']} steps\nhint: name another file")
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NAMES, default="unet-64")
+    parser.add_argument("--steps", type=int, default=50, help="of everybody but the original loop, which has them all")
+    parser.add_argument("--t0", type=float, default=0.5)
+    parser.add_argument("--peers", metavar="NAME,NAME", help="only these (default: all but the original loop)")
+    parser.add_argument("--list", action="store_true", help="print the peers' names")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=200, help="begin no further round after so many")
+    parser.add_argument("--first", type=int, metavar="N", help="instead: start each peer N times, time its first edit")
+    parser.add_argument("--int8", action="store_true", help="make the int8 artifact too, which takes minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add what is measured to this file")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing, print the tables of this file")
+    folder = Path(tempfile.gettempdir()) / "sdedit-peers"
+    parser.add_argument("--networks", type=Path, default=folder, metavar="DIR", help="where they are made and kept")
+    parser.add_argument("--serve", metavar="NAME", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve is not None:
+        return serve(arguments.serve, json.loads(sys.stdin.readline()))
+    if arguments.table is not None:
+        return print(tables(json.loads(arguments.table.read_text("utf-8"))), end="")
+
+    from peer_loops import PEERS
+
+    if arguments.list:
+        return print(*PEERS, sep="\n")
+    names = [name for name in PEERS if name != PAPER] if arguments.peers is None else arguments.peers.split(",")
+    if unknown := set(names) - set(PEERS):
+        parser.error(f"no peer is called {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    used = network(arguments.network, arguments.networks, int8=arguments.int8)
+    request = make_request(used, arguments.steps, arguments.t0)
+    kept = load_kept(arguments.json, {"network": used.name, "steps": arguments.steps, "t0": arguments.t0})
+    about = {"artifact_sha256": request["network"]["sha256"], **conditions()}
+    call: dict[str, Any] = {"conditions": about, "rounds": [], "first": []}
+    kept["calls"].append(call)
+    if arguments.first is not None:
+        part, found = "first", measure_first(names, request, arguments.first)
+    else:
+        part, found = "rounds", measure_rounds(names, request, arguments.rounds, arguments.seconds)
+    for one in found:
+        call[part].append(one)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+        print(f"{part}: {len(call[part])}", file=sys.stderr)
+    return print(tables(kept), end="")
+
+
+if __name__ == "__main__":
+    main()

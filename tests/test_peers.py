@@ -1,0 +1,158 @@
+"""The peers that benchmarks/ compares with are honest: given the same noise, every loop makes the same picture."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sdedit
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+PROGRAMS = ("lean.py", "gpu_check.py", "peers.py")
+SEED, STEPS, T0 = 7, 5, 0.5
+SHAPE = (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_benchmark_says_how_it_is_called(program):
+    done = subprocess.run([sys.executable, BENCHMARKS / program, "-h"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {program}")
+
+
+def test_no_benchmark_is_forgotten_above():
+    runnable = {path.name for path in BENCHMARKS.glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")}
+    assert runnable >= set(PROGRAMS)
+    kept = sorted(path.name for path in (BENCHMARKS / "results").glob("peers-*.json"))
+    for name in kept:
+        done = subprocess.run(
+            [sys.executable, BENCHMARKS / "peers.py", "--table", BENCHMARKS / "results" / name],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "| sdedit |" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory):
+    """peer_loops, peer_networks, peers as modules, and the tiny network that they make."""
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import peer_loops
+        import peer_networks
+        import peers
+
+        folder = tmp_path_factory.mktemp("networks")
+        yield peer_loops, peers, peer_networks.network("tiny", folder)
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+class Drawn:
+    """Our own noise, in the order in which every loop of these draws it: for x at t0, then once a step."""
+
+    def __init__(self, streams=(0,), last=STEPS):
+        noise = sdedit.Noise([SEED], SHAPE[1:], steps=last)
+        self._normals = iter(
+            [noise(step, 0, stream) for step in range(last + 1) for stream in (streams if step else (0,))]
+        )
+
+    def __call__(self, *_, **__):
+        return next(self._normals).copy()
+
+
+def setting(peers, steps=STEPS, t0=T0):
+    loops, program, used = peers
+    request = program.make_request(used, steps, t0)
+    return loops.Setting(used, steps, t0, request["sigmas"])
+
+
+def ours(peers, picture, steps=STEPS, t0=T0):
+    editor = sdedit.load(peers[2].artifact, backend="ort-cpu")
+    return editor.edit(picture, t0=t0, steps=steps, sampler="ancestral", seed=SEED)
+
+
+def with_noise_in_torch(monkeypatch, drawn):
+    import torch
+    from diffusers.schedulers import scheduling_ddpm
+
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: torch.from_numpy(drawn()))
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: torch.from_numpy(drawn()))
+
+
+def levels_apart(found, wanted):
+    """The differences, in 8-bit levels."""
+    return np.abs(found.astype(int) - np.asarray(wanted).astype(int))
+
+
+@pytest.mark.parametrize(
+    "name", ["torch eager", "torch channels-last", "torch bf16 autocast", "torch bf16", "openvino bf16"]
+)
+def test_other_layouts_and_precisions_make_nearly_the_same_picture(peers, picture, monkeypatch, name):
+    if name.startswith("openvino"):
+        pytest.importorskip("openvino")
+    drawn = Drawn()
+    with_noise_in_torch(monkeypatch, drawn)
+    monkeypatch.setattr(np.random, "default_rng", lambda *_: type("Noise", (), {"standard_normal": drawn}))
+    open_peer, options = peers[0].PEERS[name]
+    apart = levels_apart(open_peer(setting(peers), **options)(picture), ours(peers, picture).images[0])
+    if "bf16" in name:
+        assert 0 < apart.mean() <= 2.5
+    else:
+        assert apart.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino fp32"])
+def test_a_runtime_with_a_loop_in_numpy_makes_the_same_picture(peers, picture, monkeypatch, name):
+    pytest.importorskip("openvino" if name.startswith("openvino") else "onnxruntime")
+    drawn = Drawn()
+    monkeypatch.setattr(np.random, "default_rng", lambda *_: type("Noise", (), {"standard_normal": drawn}))
+    open_peer, options = peers[0].PEERS[name]
+    assert levels_apart(open_peer(setting(peers), **options)(picture), ours(peers, picture).images[0]).max() <= 1
+
+
+def test_the_papers_loop_is_ours_with_every_level_as_a_step(peers, picture, monkeypatch):
+    steps, t0 = 8, 0.008  # the lowest 8 of 1000 levels
+    drawn = Drawn(streams=(0, 1), last=steps)
+    with_noise_in_torch(monkeypatch, drawn)
+    made = peers[0].paper_edit(setting(peers, steps, t0))(picture)
+    assert levels_apart(made, ours(peers, picture, steps, t0).images[0]).max() <= 1
+
+
+def test_the_networks_time_is_counted_and_only_that(peers, picture):
+    asked = setting(peers)
+    peers[0].PEERS["onnxruntime"][0](asked)(picture)
+    assert asked.clock.network_s > 0
+    edit = peers[0].our_edit(counted := setting(peers), backend="ort-cpu")
+    edit(picture)
+    assert counted.clock.network_s > 0
+
+
+def test_ratios_are_of_one_round_and_the_others_are_left_out(peers):
+    program = peers[1]
+    rounds = [
+        {"sdedit": {"edit_ms": 10.0, "network_ms": 9.0}, "torch eager": {"edit_ms": 20.0, "network_ms": 16.0}},
+        {"sdedit": {"edit_ms": 20.0, "network_ms": 18.0}, "torch eager": {"edit_ms": 60.0, "network_ms": 50.0}},
+        {"sdedit": {"edit_ms": 30.0, "network_ms": 20.0}},
+    ]
+    assert program.ratio(rounds, "torch eager", "sdedit") == "2.50 (2.00–3.00)"
+    assert program.ratio(rounds, "sdedit", "sdedit") == "1"
+    assert program.ratio(rounds, "onnxruntime", "sdedit") == "-"
+    last = program.edit_table(rounds, 2, 500)[-1]
+    assert last == "| sdedit | 2 | 20 | 10.0 | 1000 | 1 | 2.50 (2.00–3.00) | 3 |"
+
+
+def test_a_peer_that_is_not_there_is_named_and_the_others_are_measured(peers, capfd):
+    _, program, used = peers
+    request = program.make_request(used, 2, T0)
+    (found,) = program.measure_rounds(["sdedit", "openvino int8"], request, 1, 60)
+    assert list(found) == ["sdedit"]
+    assert found["sdedit"]["edit_ms"] > found["sdedit"]["network_ms"] > 0
+    assert "skipped: openvino int8: tiny has no int8 artifact" in capfd.readouterr().err
