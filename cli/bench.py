@@ -19,12 +19,13 @@ WIDE = 0.15  # a spread above this is warned of
 BUSY = 0.5  # and so is a load average above this, for each core
 CONVENTIONS = """\
 An edit is `batch` pictures, uint8 arrays in memory in and out; files are neither read nor written. Its times (p50,
-p90, p99) are the host's clock around it, end to end. On a GPU the copies to and from it are inside, and the wait for
-the result: trtexec's Latency, and what the host does before and after. device ms is trtexec's GPU Compute Time for
-all of an edit's steps, by CUDA events between the copies. Enqueue time is no part of either: an edit is one graph.
-network ms, on a CPU, is the host's clock around the network's calls. other ms is the edit less its network or device
-ms, ms/step the edit over its steps. load ms and first edit ms are of new processes: imports and loading; then one
-edit, which no other came before. Every case runs in processes of its own, which take turns.
+p90, p99: interpolated between samples, so p99 of 15 runs is nearly the slowest) are the host's clock around it, end to
+end. On a GPU the copies to and from it are inside, and the wait for the result: trtexec's Latency and what the host
+does before and after, launching included (its Enqueue Time, not shown by itself). device ms is trtexec's GPU Compute
+Time for all steps of an edit, by CUDA events between the copies. network ms, on a CPU, is the host's clock around the
+network's calls. other ms is the edit less its network or device ms; ms/step is the edit over its steps. load ms and
+first edit ms are of new processes: imports and loading; then one edit, which no other came before. Before anything is
+measured, every case runs one step: plans are built there. Then all take turns, each turn a new process.
 
 Exit code 3: a case's p50 is above --fail-above-ms; the rows are printed all the same.
 """
