@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,30 @@ def test_a_runtime_with_a_loop_in_numpy_makes_the_same_picture(peers, picture, m
     monkeypatch.setattr(np.random, "default_rng", lambda *_: type("Noise", (), {"standard_normal": drawn}))
     open_peer, options = peers[0].PEERS[name]
     assert levels_apart(open_peer(setting(peers), **options)(picture), ours(peers, picture).images[0]).max() <= 1
+
+
+def test_loops_for_ve_networks_are_euler_maruyama_as_ours(peers, picture, monkeypatch):
+    import torch
+
+    loops, _, used = peers
+    table = sdedit.plan(sdedit.VE(0.02, 60.0), t0=T0, steps=STEPS, sampler="em")
+    ve = replace(used, kind="ve")
+    asked = loops.Setting(ve, STEPS, T0, [*table.column("sigma").tolist(), 0.0])
+    noise = sdedit.Noise([SEED], SHAPE[1:], steps=STEPS)
+    guide = picture.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
+
+    def denoise(x, sigma):  # bends, so that a wrong x shows
+        return np.float32(0.9) * np.tanh(x / (1 + np.reshape(sigma, (-1, 1, 1, 1))))
+
+    def score(x, sigma):  # the same, as a network for data in [0, 1] has it
+        clean = (denoise(2 * x.numpy() - 1, 2 * sigma.numpy()) + 1) / 2
+        return (torch.from_numpy(clean) - x) / sigma.reshape(-1, 1, 1, 1) ** 2
+
+    wanted = sdedit.denoise(denoise, sdedit.perturb(guide, table, noise), table, noise)
+    with_noise_in_torch(monkeypatch, Drawn())
+    np.testing.assert_allclose(loops.torch_ve_loop(asked, score, torch.from_numpy(guide)), wanted, atol=1e-4)
+    monkeypatch.setattr(np.random, "default_rng", lambda *_: type("Noise", (), {"standard_normal": Drawn()}))
+    assert levels_apart(loops.numpy_edit(asked, denoise)(picture), loops.to_picture(wanted)).max() <= 1
 
 
 def test_the_papers_loop_is_ours_with_every_level_as_a_step(peers, picture, monkeypatch):
