@@ -125,7 +125,7 @@ def require_below(rows: "Sequence[Row]", gate: float | None) -> None:
 
 def case_of(row: "Row") -> str:
     return (
-        f"{row.model}, {row.backend}, {row.precision}, {row.threads} threads, batch {row.batch}, {row.steps} steps "
+        f"{row.model}, {row.backend}, {row.precision}, threads {row.threads}, batch {row.batch}, {row.steps} steps "
         f"of {row.sampler}"
     )
 

@@ -228,7 +228,7 @@ def test_a_wide_spread_is_warned_of(monkeypatch, capsys, slow, warned):
     monkeypatch.setattr(rounds, "_run", lambda case, visit: FACTS if visit is None else answer(*[10.0] * 8, slow, slow))
     assert main(["bench", "--rounds", "1"]) == 0
     said = capsys.readouterr().err
-    wanted = "warning: closed-form, ort-cpu, fp32, 1 threads, batch 2, 4 steps of em: its middle 80 % of edits spread"
+    wanted = "warning: closed-form, ort-cpu, fp32, threads 1, batch 2, 4 steps of em: its middle 80 % of edits spread"
     assert (wanted in said) == warned
 
 
