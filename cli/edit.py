@@ -11,10 +11,11 @@ from sdedit.cli.terminal import ProgressBar, print_json, say
 from sdedit.errors import OptionError
 
 if TYPE_CHECKING:
-    from sdedit.editor import Editor, EditResult, Progress
+    from sdedit.editor import Editor
+    from sdedit.results import EditResult, Progress
 
 HELP = "edit pictures: noise each guide up to t0, denoise it back"
-RECORDED = (*SCHEDULE, "seed", "samples", "repeats", "size", "fit", "set")  # a replay has its own
+RECORDED = (*SCHEDULE, "seed", "samples", "repeats", "size", "fit", "region", "set")  # a replay has its own
 PINNED = ("backend", "precision", "fast", "threads", "ep_option")
 
 
@@ -38,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="picture of the guide's size: white repaints, black keeps; once for all guides, or once for each",
     )
     add_running(parser)
+    parser.add_argument(
+        "--region",
+        metavar="R",
+        help="with a mask: full (default) runs the network on the whole frame, auto on windows around what is "
+        "repainted where the model takes other sizes and that is cheaper",
+    )
     parser.add_argument(
         "--max-ms",
         type=float,

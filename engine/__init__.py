@@ -12,10 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sdedit.artifact import Artifact as Artifact
     from sdedit.editor import Editor as Editor
-    from sdedit.editor import EditResult as EditResult
-    from sdedit.editor import Progress as Progress
-    from sdedit.editor import Result as Result
-    from sdedit.editor import Timings as Timings
     from sdedit.editor import load as load
     from sdedit.errors import ArtifactError as ArtifactError
     from sdedit.errors import BackendUnavailable as BackendUnavailable
@@ -45,6 +41,10 @@ if TYPE_CHECKING:
     from sdedit.noise import Noise as Noise
     from sdedit.noise import NoiseSource as NoiseSource
     from sdedit.options import EditOptions as EditOptions
+    from sdedit.results import EditResult as EditResult
+    from sdedit.results import Progress as Progress
+    from sdedit.results import Result as Result
+    from sdedit.results import Timings as Timings
     from sdedit.schedule import SAMPLERS as SAMPLERS
     from sdedit.schedule import SPACINGS as SPACINGS
     from sdedit.schedule import StepTable as StepTable
@@ -60,7 +60,7 @@ _HOME = {
     name: module
     for module, names in {
         "artifact": "Artifact",
-        "editor": "Editor EditResult Progress Result Timings load",
+        "editor": "Editor load",
         "errors": "ArtifactError BackendUnavailable Cancelled ClosedError DeviceError ImageError NetworkError "
         "OptionError OutOfTolerance OutputError ReplayError SdeditError",
         "features": "FeatureNetwork open_features",
@@ -70,6 +70,7 @@ _HOME = {
         "metrics": "Kid kid kid_difference l2",
         "noise": "Noise NoiseSource",
         "options": "EditOptions",
+        "results": "EditResult Progress Result Timings",
         "schedule": "SAMPLERS SPACINGS StepTable plan",
         "sde": "EDM VE VP VPDiscrete",
     }.items()

@@ -1,16 +1,16 @@
 """The one verb: load an artifact, edit pictures with it."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from sdedit import artifact as artifacts
 from sdedit import image
@@ -20,101 +20,19 @@ from sdedit.budget import Budget, StepTimes, checked_max_ms
 from sdedit.checks import whole
 from sdedit.errors import OptionError
 from sdedit.executor import Batch, Executor
-from sdedit.image import Picture, Pixels, Placement, Source
+from sdedit.image import Picture, Source
+from sdedit.jobs import Group, Job, Made, Report, grouped, pictures, result, run
 from sdedit.lifetime import Lifetime
-from sdedit.loop import Array, OnStep, Step
 from sdedit.noise import result_seed
 from sdedit.options import EditOptions, make_options
-from sdedit.schedule import StepTable, plan
+from sdedit.results import EditResult, Progress, Result, Timings
+from sdedit.schedule import plan
 
 if TYPE_CHECKING:
     from sdedit.cuda.interop import GpuTensor
     from sdedit.tensorrt.plan import Plan
 
 MOST_SHAPES = 64  # of edits with a budget, whose step times are remembered
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds of one `edit` call on this machine's clock."""
-
-    total_ms: float  # everything, from reading the guides to the last result
-    loop_ms: float  # noise, network and updates
-    network_ms: float | None  # of which the network; None on a GPU, where all of it is one CUDA graph
-    evaluations: int  # network calls
-    device_ms: float | None = None  # on a GPU: all steps by CUDA events, between the copies to and from the host
-
-
-@dataclass(frozen=True)
-class Result:
-    """One edited picture and where it came from."""
-
-    guide: Picture
-    mask: Picture | None
-    placement: Placement
-    seed: int
-    x: Array  # (C, H, W) float32 at model size, unclipped, before pasting
-    pixels: Pixels  # (H, W, C) uint8: model size, or the guide's with a mask
-
-
-@dataclass(frozen=True)
-class EditResult:
-    """What `Editor.edit` returns; result number j = guide index * samples + sample index."""
-
-    results: tuple[Result, ...]
-    options: EditOptions
-    timings: Timings
-    executor_notes: tuple[str, ...] = ()
-    budget: Budget | None = None  # why these steps, where `max_ms` was given
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The pictures, RGB (or L for a one-channel model)."""
-        return [image.to_image(result.pixels) for result in self.results]
-
-    @property
-    def x(self) -> NDArray[np.float32]:
-        """The raw model output, (B, C, H, W) float32, unclipped, before pasting."""
-        return np.stack([result.x for result in self.results])
-
-    @property
-    def seeds(self) -> list[int]:
-        return [result.seed for result in self.results]
-
-    @property
-    def notes(self) -> list[str]:
-        """What was converted while reading the guides and masks, and what ran otherwise than it could."""
-        pictures = [picture for result in self.results for picture in (result.guide, result.mask) if picture]
-        read = [note for picture in pictures for note in picture.notes]
-        return list(dict.fromkeys((*read, *self.executor_notes)))
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What `on_step` is given after every step. Return False from it to cancel."""
-
-    done: int  # network evaluations so far, of `total`
-    total: int
-    step: Step
-    _pictures: Callable[[Array], list[Pixels]] = field(repr=False)
-
-    def preview(self) -> list[Image.Image]:
-        """The network's current estimate of this batch's results, as `EditResult.images` would show them."""
-        return [image.to_image(pixels) for pixels in self._pictures(self.step.denoised)]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One result to make: a guide in the model's frame, and the seed. Made by `Editor.prepare`."""
-
-    guide: Picture
-    mask: Picture | None
-    placement: Placement
-    x: image.Floats  # (C, H, W)
-    omega: image.Floats | None  # (1, H, W)
-    omega_full: image.Floats | None  # (H, W) at the guide's size
-    seed: int
-    table: StepTable | None = None  # another than the batch's: another t0, as many steps
 
 
 class Editor:
@@ -157,16 +75,13 @@ class Editor:
         width, height = self.artifact.frame(chosen.size)
         guide = np.zeros((chosen.batch, self.artifact.channels, height, width), np.float32)
         mask = np.ones((chosen.batch, 1, height, width), np.float32) if masked else None
-        with self._executor(chosen) as executor:
+        with self._executor(chosen, chosen.size) as executor:
             executor.warm_up(Batch(guide, mask, [0] * chosen.batch, table, chosen.repeats))
 
     @contextmanager
-    def _executor(self, options: EditOptions) -> Iterator[Executor]:
+    def _executor(self, options: EditOptions, size: tuple[int, int] | None) -> Iterator[Executor]:
         """Raises ClosedError."""
-        with (
-            self._lifetime.inside(),
-            self.backend.executor(options.batch, options.conditions, options.size) as executor,
-        ):
+        with self._lifetime.inside(), self.backend.executor(options.batch, options.conditions, size) as executor:
             yield executor
 
     def edit(
@@ -190,7 +105,7 @@ class Editor:
         began = time.perf_counter()
         chosen = make_options(options).resolved(self.artifact.defaults)
         jobs = self._jobs(_listed(guides), None if mask is None else _listed(mask), chosen)
-        groups = [jobs[at : at + chosen.batch] for at in range(0, len(jobs), chosen.batch)]
+        groups = grouped(self._windowed(jobs, chosen), chosen)
         budget = None
         if max_ms is not None:
             times = self._step_times(chosen, groups[0])
@@ -198,22 +113,31 @@ class Editor:
             chosen = replace(chosen, steps=budget.steps)
         table = plan(self.sde, **chosen.schedule())
         total = len(groups) * chosen.repeats * table.steps
-        made: list[tuple[Job, Array, Pixels]] = []
-        with self._executor(chosen) as executor:
-            loop_began = time.perf_counter()
-            for group in groups:
-                report = None if on_step is None else _Report(on_step, executor, total, group)
-                made.extend(_run(group, chosen, table, executor, report))
-            loop_s = time.perf_counter() - loop_began
-            notes = tuple(executor.notes)
-        results = tuple(_result(*one) for one in made)
-        total_ms = 1e3 * (time.perf_counter() - began)
+        made: dict[int, list[Made]] = {job.seed: [] for job in jobs}
+        used: list[Executor] = []
+        loop_s = 0.0
+        for size, alike in groupby(groups, key=attrgetter("size")):
+            with self._executor(chosen, size) as executor:
+                done = sum(other.evaluations for other in used)
+                report = Report(on_step, executor, done, total)
+                loop_began = time.perf_counter()
+                for group in alike:
+                    for one in run(group.jobs, chosen, table, executor, report.of(group.jobs)):
+                        made[one.job.seed].append(one)
+                loop_s += time.perf_counter() - loop_began
+                used.append(executor)
+        results = tuple(result(job, made[job.seed]) for job in jobs)
         timings = Timings(
-            total_ms, 1e3 * loop_s, executor.network_ms, executor.evaluations, device_ms=executor.device_ms
+            1e3 * (time.perf_counter() - began),
+            1e3 * loop_s,
+            _sum(executor.network_ms for executor in used),
+            sum(executor.evaluations for executor in used),
+            device_ms=_sum(executor.device_ms for executor in used),
         )
         if budget is not None:
             times.step_ms.append((timings.loop_ms - len(groups) * budget.finish_ms) / total)
-        return EditResult(results, chosen, timings, notes, budget)
+        notes = dict.fromkeys(note for executor in used for note in executor.notes)
+        return EditResult(results, chosen, timings, tuple(notes), budget)
 
     def prepare(self, guide: Source, options: EditOptions, *, seed: int = 0, mask: Source | None = None) -> Job:
         """Read a guide, and its mask, for `batches`; from any thread. options: resolved. Raises ImageError."""
@@ -235,8 +159,8 @@ class Editor:
         block's end. options: resolved. Raises OptionError, NetworkError.
         """
         table = plan(self.sde, **options.schedule())
-        with self._executor(options) as executor:
-            yield lambda jobs: [_result(*made) for made in _run(list(jobs), options, table, executor, None)]
+        with self._executor(options, options.size) as executor:
+            yield lambda jobs: [result(one.job, [one]) for one in run(jobs, options, table, executor)]
 
     def edit_tensor(
         self, guide: Any, *, mask: Any = None, stream: Any = None, **options: Any
@@ -257,17 +181,17 @@ class Editor:
         with self._lifetime.inside():
             return edit_tensor(self.backend, self.artifact, guide, mask, stream, options)
 
-    def _step_times(self, options: EditOptions, group: list[Job]) -> StepTimes:
+    def _step_times(self, options: EditOptions, group: Group) -> StepTimes:
         """What is known of how long the steps of such edits take; the caller adds to it."""
-        omega = group[0].omega
-        shape = None if omega is None else (group[0].guide.size, hash(omega.tobytes()))
-        times = self._times.setdefault((options.batch, options.size, options.sampler, shape), StepTimes())
+        job = group.jobs[0]
+        shape = None if job.omega is None else (job.guide.size, hash(job.omega.tobytes()))
+        times = self._times.setdefault((options.batch, group.size, options.sampler, shape), StepTimes())
         if len(self._times) > MOST_SHAPES:
             del self._times[next(iter(self._times))]
         return times
 
     def _budget(
-        self, options: EditOptions, groups: list[list[Job]], times: StepTimes, max_ms: float, began: float
+        self, options: EditOptions, groups: list[Group], times: StepTimes, max_ms: float, began: float
     ) -> Budget:
         """The steps that fit, by what is known; where nothing is, or no step seems to fit, by what is timed now."""
 
@@ -279,15 +203,22 @@ class Editor:
         if times.step_ms:
             with suppress(OptionError):
                 return pick()
-        made: list[Array] = []
-        with self._executor(options) as executor:
+        jobs, made = groups[0].jobs, list[Made]()
+        with self._executor(options, groups[0].size) as executor:
 
-            def run(steps: int) -> None:
+            def calibrate(steps: int) -> None:
                 few = replace(options, steps=steps, repeats=1)
-                made[:] = executor.run(_batch(groups[0], few, plan(self.sde, **few.schedule())), None)[0]
+                made[:] = run(jobs, few, plan(self.sde, **few.schedule()), executor)
 
-            times.calibrate(run, lambda: _pixels(groups[0], made), max_ms)
+            times.calibrate(calibrate, lambda: pictures(jobs, [one.x for one in made]), max_ms)
         return pick()
+
+    def _windowed(self, jobs: list[Job], options: EditOptions) -> list[Job]:
+        """Windows instead of whole frames, where that is asked for, possible, and cheaper."""
+        described = self.artifact.metadata["image"]
+        if options.region == "full" or not (described.get("dynamic") and self.backend.takes_windows):
+            return jobs
+        return [piece for job in jobs for piece in job.windowed(int(described.get("multiple", 1)))]
 
     def _jobs(self, guides: list[Source], masks: list[Source] | None, options: EditOptions) -> list[Job]:
         if not guides:
@@ -349,50 +280,10 @@ def open_model(model: str | Path | None) -> "artifacts.Artifact | Plan":
     return artifacts.read(path)
 
 
-def _run(
-    group: list[Job], options: EditOptions, table: StepTable, executor: Executor, on_step: OnStep | None
-) -> list[tuple[Job, Array, Pixels]]:
-    """One batch."""
-    batch = _batch(group, options, table)
-    xs, made = executor.run(batch, on_step)
-    pixels = _pixels(group, xs) if made is None or batch.mask is not None else list(made)
-    return list(zip(group, xs, pixels, strict=False))  # a batch that was filled up has more x than jobs
-
-
-def _batch(group: list[Job], options: EditOptions, table: StepTable) -> Batch:
-    """A short group is filled up, so that a result never depends on how many others there were."""
-    full = group + [group[-1]] * (options.batch - len(group))
-    guide = np.stack([job.x for job in full])
-    mask = None if full[0].omega is None else np.stack([job.omega for job in full if job.omega is not None])
-    tables = [job.table or table for job in full]
-    same = all(np.array_equal(own.rows, tables[0].rows) for own in tables)
-    table = tables[0] if same else StepTable.stack(tables)
-    return Batch(guide, mask, [job.seed for job in full], table, options.repeats)
-
-
-def _result(job: Job, x: Array, pixels: Pixels) -> Result:
-    return Result(job.guide, job.mask, job.placement, job.seed, x, pixels)
-
-
-class _Report:
-    """What `on_step` is told of a step, in the words of a whole edit."""
-
-    def __init__(
-        self, on_step: Callable[[Progress], bool | None], executor: Executor, total: int, group: list[Job]
-    ) -> None:
-        self._on_step, self._executor, self._total, self._group = on_step, executor, total, group
-
-    def __call__(self, step: Step) -> bool | None:
-        done = self._executor.evaluations
-        return self._on_step(Progress(done, self._total, step, partial(_pixels, self._group)))
-
-
-def _pixels(jobs: Sequence[Job], xs: Sequence[Array] | Array) -> list[Pixels]:
-    """The pictures of these jobs: the whole frame, or pasted into the guide where there is a mask."""
-    return [
-        image.to_pixels(x) if job.omega_full is None else image.paste(job.guide, job.omega_full, x, job.placement)
-        for job, x in zip(jobs, xs, strict=False)
-    ]
+def _sum(values: Iterable[float | None]) -> float | None:
+    """None where a value is not known."""
+    known = list(values)
+    return None if None in known else sum(value for value in known if value is not None)
 
 
 def _listed(sources: Source | Sequence[Source]) -> list[Source]:

@@ -8,13 +8,22 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from sdedit.image import Pixels
+from sdedit.image import Box, Pixels
 from sdedit.loop import Array, Denoiser, OnStep, Step, blend, denoise, perturb
 from sdedit.noise import Noise
+from sdedit.region import WindowNoise
 from sdedit.schedule import StepTable
 
 if TYPE_CHECKING:
     from sdedit.cuda.device_loop import DeviceLoop
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which window of the full frame (C, H, W) each image of a batch is, for the noise that belongs to its pixels."""
+
+    frame: tuple[int, ...]
+    boxes: Sequence[Box]
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Batch:
     seeds: Sequence[int]  # one an image
     table: StepTable
     repeats: int = 1
+    windows: Windows | None = None  # on the host only; None where the images are whole frames
 
 
 class Executor(Protocol):
@@ -68,7 +78,7 @@ class HostExecutor:
 
     def run(self, batch: Batch, on_step: OnStep | None) -> tuple[Array, Pixels | None]:
         guide, mask = np.asarray(batch.guide), None if batch.mask is None else np.asarray(batch.mask)
-        table, noise = batch.table, Noise(batch.seeds, guide.shape[1:], steps=batch.table.steps)
+        table, noise = batch.table, _noise(batch, guide.shape[1:])
         start, inside = guide, None if mask is None else guide
         for repeat in range(batch.repeats):
             x = perturb(start, table, noise, repeat=repeat)
@@ -89,6 +99,12 @@ class HostExecutor:
         self.network_ms = (self.network_ms or 0) + 1e3 * (time.perf_counter() - began)
         self.evaluations += 1
         return denoised
+
+
+def _noise(batch: Batch, shape: tuple[int, ...]) -> Noise | WindowNoise:
+    if batch.windows is None:
+        return Noise(batch.seeds, shape, steps=batch.table.steps)
+    return WindowNoise(batch.seeds, batch.windows.frame, batch.windows.boxes, steps=batch.table.steps)
 
 
 class DeviceExecutor:

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdedit import manifest, output, record
-from sdedit.editor import Editor, Job, Result
+from sdedit.editor import Editor
 from sdedit.errors import ImageError, NetworkError, OutputError, SdeditError
+from sdedit.jobs import Job
 from sdedit.listing import GuideFile
 from sdedit.options import EditOptions
+from sdedit.results import Result
 
 RunBatch = Callable[[Sequence[Job]], list[Result]]
 

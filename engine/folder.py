@@ -9,10 +9,11 @@ from typing import Any, Protocol
 from sdedit import manifest
 from sdedit.backends.ort import usable_cores
 from sdedit.checks import whole
-from sdedit.editor import Editor, Job
+from sdedit.editor import Editor
 from sdedit.errors import OptionError, SdeditError
 from sdedit.file_edits import FileEdits, RunBatch
 from sdedit.image import checked_fit
+from sdedit.jobs import Job
 from sdedit.ledger import FolderProgress, FolderResult, Ledger, claimed, in_order
 from sdedit.listing import GuideFile, find_guides
 from sdedit.options import EditOptions, make_options
@@ -65,6 +66,8 @@ def edit_folder(
 def folder_options(given: Mapping[str, Any], usual_batch: int, defaults: Mapping[str, Any]) -> EditOptions:
     """The options of a folder job, resolved. Raises OptionError."""
     chosen = make_options({"batch": usual_batch, **given}).resolved(defaults)
+    if chosen.region != "full":
+        raise OptionError("a folder's pictures are edited as whole frames", hint="leave region out")
     if chosen.samples != 1:
         raise OptionError("a folder has one result a guide", hint="leave samples out, or take another seed and folder")
     checked_fit(chosen.fit)  # once, not for every file

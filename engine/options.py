@@ -9,6 +9,7 @@ import numpy as np
 from sdedit.checks import whole
 from sdedit.errors import OptionError
 from sdedit.noise import checked_seed
+from sdedit.region import checked_region
 from sdedit.schedule import checked_spacing, checked_steps, checked_t0, resolve_eta
 
 MOST_SIDE = 2**16
@@ -29,6 +30,7 @@ class EditOptions:
     repeats: int = 1  # the paper's K: passes, each starting from the last one's result
     size: tuple[int, int] | None = None  # width, height of a model that takes any; None is its own
     fit: str = "crop"  # one of image.FITS: how a guide of another size or aspect enters the frame
+    region: str = "full"  # with a mask: the whole frame, or "auto", windows around what is repainted (sdedit/region.py)
     batch: int = 1  # images per network call; a last, smaller group is filled up
     conditions: Mapping[str, float] = field(default_factory=dict)  # values of the model's extra inputs
 
@@ -48,6 +50,7 @@ class EditOptions:
             spacing=checked_spacing(defaults.get("spacing", "uniform") if self.spacing is None else self.spacing),
             seed=checked_seed(self.seed),
             size=_size(self.size),
+            region=checked_region(self.region),
             conditions=_conditions(self.conditions),
             samples=count("samples"),
             repeats=count("repeats"),

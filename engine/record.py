@@ -16,13 +16,14 @@ from PIL import Image
 import sdedit
 from sdedit.backends.ort import MOST_THREADS
 from sdedit.checks import whole
-from sdedit.editor import Editor, EditResult, Result
+from sdedit.editor import Editor
 from sdedit.errors import ReplayError, SdeditError
 from sdedit.noise import SPECIFICATION
 from sdedit.options import EditOptions, make_options
+from sdedit.results import EditResult, Result
 
 KEYWORD = "sdedit"
-ADDED_LATER = {"spacing"}  # options that older records do not have: they were made with today's default
+ADDED_LATER = {"region", "spacing"}  # options that older records do not have: they were made with today's default
 FORMAT = 1
 
 

@@ -61,7 +61,8 @@ def test_what_varies_is_an_option_of_load_or_of_edit():
     of_edit = {axis.name for axis in AXES if not axis.metadata["of_model"]}
     assert of_edit <= {f.name for f in fields(sdedit.EditOptions)}
     assert Case(batch=3, steps=7).edit_options() == {
-        "batch": 3, "steps": 7, "sampler": None, "t0": None, "eta": None, "repeats": 1, "conditions": {},
+        "batch": 3, "steps": 7, "sampler": None, "t0": None, "spacing": None, "eta": None, "repeats": 1,
+        "conditions": {},
     }  # fmt: skip
 
 

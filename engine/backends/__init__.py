@@ -31,6 +31,7 @@ class Backend(Protocol):
     usual_batch: int  # images in a network call, for a folder of them whose caller does not say
     provider_options: Mapping[str, str]  # what the caller told ONNX Runtime's provider
     versions: Mapping[str, str]  # of the libraries that execute
+    takes_windows: bool  # whether its executors take windows of a frame (`Batch.windows`)
 
     def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
         """The network with its own buffers, for batches of this size. conditions: extra input -> value.

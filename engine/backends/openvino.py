@@ -58,6 +58,7 @@ class OpenVinoBackend:
 
     name = "openvino"
     provider = "OpenVINO CPU"
+    takes_windows = True
 
     def __init__(self, artifact: Artifact, threads: int | None, precision: str | None = None) -> None:
         import openvino

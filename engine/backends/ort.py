@@ -80,6 +80,7 @@ class OrtBackend:
         self.precision, self.usual_batch = artifact.precision, USUAL_BATCH
         self.threads = min(usable_cores(), MOST_THREADS) if threads is None else threads
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
+        self.takes_windows = name == "ort-cpu"
         self.provider_options: Mapping[str, str] = {}
         self._artifact = artifact
         self._session: Any = None

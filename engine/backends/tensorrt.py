@@ -55,6 +55,7 @@ class TensorRtBackend:
         self.usual_batch = self._plan.profile[1] if self._plan else USUAL_BATCH
         gpu = self.driver.gpu
         self.provider = f"{self._library.module.__name__} on {gpu.name}, CUDA {gpu.driver}, {self.driver.name}"
+        self.takes_windows = False
         self.versions: Mapping[str, str] = {name: self._library.version, **self.driver.versions}
         self._lock = Lock()  # of the engines
         self._runtime: Any = None

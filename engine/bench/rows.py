@@ -28,6 +28,7 @@ class Row:
     steps: int = column(CASE, "steps")
     sampler: str = column(CASE, "sampler")
     t0: float = column(CASE, "t0", 2)
+    spacing: str = column(CASE, "spacing")
     eta: float | None = column(CASE, "eta", 2)
     repeats: int = column(CASE, "repeats")
 

@@ -18,23 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from sdedit.bench.cases import Case
 from sdedit.bench.effort import Visit
-from sdedit.errors import BackendUnavailable, OptionError, SdeditError
+from sdedit.errors import SdeditError
 
 if TYPE_CHECKING:
-    from sdedit.editor import Editor, Timings
+    from sdedit.editor import Editor
+    from sdedit.results import Timings
 
 
 def open_case(case: Case) -> "Editor":
     """The case's model on its backend. Raises SdeditError."""
     import sdedit
 
-    editor = sdedit.load(case.model, backend=case.backend, threads=case.threads)
-    if case.precision not in (None, editor.backend.precision):
-        raise BackendUnavailable(
-            f"precision {case.precision} was asked for; {editor.artifact.name} is {editor.backend.precision}",
-            hint="name a model of that precision",
-        )
-    return editor
+    return sdedit.load(case.model, backend=case.backend, precision=case.precision, threads=case.threads)
 
 
 def edit(editor: "Editor", case: Case, **changed: Any) -> "Timings":
@@ -59,7 +54,7 @@ def examine(case: Case) -> dict[str, Any]:
         "model": editor.artifact.name,
         **{name: getattr(backend, name) for name in ("precision", "threads", "provider")},
         "backend": backend.name,
-        **{name: getattr(options, name) for name in ("batch", "steps", "sampler", "t0", "eta", "repeats")},
+        **{name: getattr(options, name) for name in ("batch", "steps", "sampler", "t0", "spacing", "eta", "repeats")},
         "gpu": gpu_name(editor),
         "versions": record.versions(editor),
         "model_sha256": editor.artifact.sha256,
@@ -90,16 +85,15 @@ def measure(case: Case, visit: Visit) -> dict[str, Any]:
 
 def gpu_name(editor: "Editor") -> str | None:
     """The GPU's name; None for a backend that runs on the CPU."""
-    with suppress(OptionError):
-        return editor.backend.on_gpu().driver.gpu.name
-    return None
+    gpu = editor.backend.on_gpu()
+    return None if gpu is None else gpu.driver.gpu.name
 
 
 def graph(editor: "Editor", case: Case) -> str | None:
     """How the case's edits were launched, by the loop that ran them. See DeviceLoop.graph."""
-    if gpu_name(editor) is None:
-        return None
     gpu = editor.backend.on_gpu()
+    if gpu is None:
+        return None
     with gpu.driver.current(), gpu.device_loop(case.batch, dict(case.conditions)) as loop:
         return loop.graph
 

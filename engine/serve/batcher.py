@@ -9,9 +9,11 @@ from functools import cached_property
 
 import numpy as np
 
-from sdedit.editor import Editor, Job, Result
+from sdedit.editor import Editor
 from sdedit.errors import NetworkError
+from sdedit.jobs import Job
 from sdedit.options import EditOptions
+from sdedit.results import Result
 from sdedit.serve.metrics import Metrics
 from sdedit.serve.refusal import Refusal
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from sdedit import output, record
 from sdedit.backends.ort import usable_cores
-from sdedit.editor import Editor, Job
+from sdedit.editor import Editor
+from sdedit.jobs import Job
 from sdedit.options import EditOptions
 from sdedit.schedule import plan
 from sdedit.serve import upload
