@@ -19,7 +19,8 @@ from sdedit.cli.main import main
 
 FACTS = {
     "model": "closed-form", "backend": "ort-cpu", "precision": "fp32", "threads": 1, "provider": "CPU", "batch": 2,
-    "steps": 4, "sampler": "em", "t0": 0.5, "eta": None, "repeats": 1, "gpu": None, "versions": {"numpy": "2"},
+    "steps": 4, "sampler": "em", "t0": 0.5, "spacing": "uniform", "eta": None, "repeats": 1, "gpu": None,
+    "versions": {"numpy": "2"},
     "model_sha256": "0" * 64,
 }  # fmt: skip
 

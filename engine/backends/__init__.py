@@ -18,7 +18,8 @@ TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -
 BACKENDS = (*ORT, "openvino", *TENSORRT)
 USUAL_BATCH = 4  # within a few percent of the fastest for small networks, and no burden for large ones
 CPU = ("ort-cpu", "openvino")
-AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "ort-cuda", *CPU)  # best first; all keep the artifact's own precision
+GPU = ("tensorrt", "tensorrt-rtx", "ort-cuda")  # of those, best first
+AUTO_ORDER = (*GPU, *CPU)  # best first; all keep the artifact's own precision
 
 
 class Backend(Protocol):
@@ -80,6 +81,8 @@ def open_backend(
         try:
             return _open(candidate, model, threads, provider_options, precision)
         except (BackendUnavailable, ArtifactError) as error:
+            if candidate in CPU and isinstance(error, ArtifactError):
+                raise  # what one of them cannot read is wrong
             failures[candidate] = error
     raise failures.get(CPU[0]) or failures[candidates[-1]]  # what works everywhere, once it is installed
 
@@ -99,11 +102,12 @@ def _candidates(model: "Artifact | Plan") -> Sequence[str]:
 
     if not isinstance(model, Artifact):
         return (model.built_by,)
+    cpu = CPU[::-1] if model.precision == "bf16" else CPU  # which ONNX Runtime does not run on a CPU
     try:
         require_library()
     except BackendUnavailable:
-        return CPU
-    return AUTO_ORDER
+        return cpu
+    return (*GPU, *cpu)
 
 
 def _open(
