@@ -23,7 +23,7 @@ import numpy as np
 import sdedit
 
 EDITOR_BUDGETS_MS = (60, 150, 300)
-COMMAND_BUDGETS_MS = (400, 600)
+COMMAND_BUDGETS_MS = (500, 800)
 
 
 def in_process(runs: int) -> dict[int, list[tuple[float, int]]]:

@@ -135,7 +135,7 @@ class Editor:
             device_ms=_sum(executor.device_ms for executor in used),
         )
         if budget is not None:
-            times.step_ms.append((timings.loop_ms - len(groups) * budget.finish_ms) / total)
+            times.step_ms.append(timings.loop_ms / total)
         notes = dict.fromkeys(note for executor in used for note in executor.notes)
         return EditResult(results, chosen, timings, tuple(notes), budget)
 
