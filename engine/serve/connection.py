@@ -47,6 +47,10 @@ def connection_class(limits: Limits, most: int) -> "type[H11Protocol]":
             if self._reader_timer is not None:
                 self._reader_timer.cancel()
 
+        def shutdown(self) -> None:
+            if not self.transport.is_closing():
+                super().shutdown()
+
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, "this is not a valid HTTP request", "heads have at most 64 KiB; see RFC 9112")
 
