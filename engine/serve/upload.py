@@ -80,6 +80,7 @@ def take_apart(request: "Request", kind: str, body: bytes) -> Upload:
 
 
 async def _form(request: "Request", body: bytes) -> Upload:
+    from python_multipart.exceptions import FormParserError
     from starlette.formparsers import MultiPartException, MultiPartParser
 
     async def whole() -> AsyncIterator[bytes]:
@@ -95,8 +96,8 @@ async def _form(request: "Request", body: bytes) -> Upload:
     parser.spool_max_size = len(body) + 1  # in memory, where the body is already
     try:
         form = await parser.parse()
-    except MultiPartException as error:
-        raise Refusal(400, f"the form cannot be read: {error.message}", hint="-F guide=@guide.png -F t0=0.5") from None
+    except (MultiPartException, FormParserError) as error:
+        raise Refusal(400, f"the form cannot be read: {error}", hint="-F guide=@guide.png -F t0=0.5") from None
     upload = Upload()
     for name, value in form.multi_items():
         if isinstance(value, str) and name not in FILES:
