@@ -33,6 +33,7 @@ import sdedit
 
 OURS, PAPER, EAGER = "sdedit", "original loop", "torch eager"
 PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "diffusers")
+QUIET = 0.05  # the share of CPU time that other processes may have had in a turn that counts
 PAUSE_S = 0.3  # before each turn: a library's threads may spin for a while after its own
 
 Round = dict[str, dict[str, float]]
@@ -98,8 +99,12 @@ class Peer:
         self._hear()
 
     def edit(self) -> dict[str, float]:
+        """One edit's times, and the share of this machine's CPU time that went to other processes meanwhile."""
+        before = cpu_seconds(self._process.pid)
         self._say("edit")
-        return self._hear()
+        found = self._hear()
+        busy, own, idle = (after - was for after, was in zip(cpu_seconds(self._process.pid), before, strict=True))
+        return found | {"others": max(0.0, busy - own) / (busy + idle) if busy + idle > 0 else 0.0}
 
     def close(self) -> None:
         self._process.kill()
@@ -118,6 +123,18 @@ class Peer:
             self._stderr.seek(0)
             raise SystemExit(f"error: {self.name} died:\n{self._stderr.read().decode(errors='replace')}")
         return dict(json.loads(line))
+
+
+def cpu_seconds(pid: int) -> tuple[float, float, float]:
+    """CPU time so far: of all processes, of this one, and idle. Zeros where /proc does not say."""
+    try:
+        whole = [int(word) for word in Path("/proc/stat").read_text("ascii").splitlines()[0].split()[1:]]
+        own = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+    except OSError:
+        return 0.0, 0.0, 0.0
+    ticks = os.sysconf("SC_CLK_TCK")
+    idle = whole[3] + whole[4]  # and waiting for disks
+    return (sum(whole[:8]) - idle) / ticks, (int(own[11]) + int(own[12])) / ticks, idle / ticks
 
 
 @contextmanager
@@ -217,15 +234,25 @@ def tables(kept: dict[str, Any]) -> str:
     """Markdown of everything that a file holds."""
     steps, used = kept["steps"], kept["network"]
     rounds: list[Round] = [one for call in kept["calls"] for one in call["rounds"]]
+    used_rounds, left_out = quiet(rounds)
     firsts: list[Round] = [one for call in kept["calls"] for one in call["first"]]
     about = kept["calls"][-1]["conditions"]
     said = ", ".join(f"{name} {one}" for name, one in about["versions"].items())
-    lines = [f"{used}, t0 {kept['t0']}, batch 1, {about['cores']} cores of {about['cpu']}; {said}"]
+    lines = [
+        f"{used}, t0 {kept['t0']}, batch 1, {about['cores']} cores of {about['cpu']}; {said}; "
+        f"{left_out} of {sum(map(len, rounds))} turns are left out: other processes had over {QUIET:.0%} of the CPU",
+    ]
     if rounds:
-        lines += ["", *edit_table(rounds, steps, round(kept["t0"] * 1000))]
+        lines += ["", *edit_table(used_rounds, steps, round(kept["t0"] * 1000))]
     if firsts:
         lines += ["", *first_table(firsts)]
     return "\n".join(lines) + "\n"
+
+
+def quiet(rounds: Sequence[Round]) -> tuple[list[Round], int]:
+    """The rounds without the turns that something else disturbed, and how many those are."""
+    kept = [{name: found for name, found in one.items() if found["others"] <= QUIET} for one in rounds]
+    return kept, sum(map(len, rounds)) - sum(map(len, kept))
 
 
 def names_in(rounds: Sequence[Round]) -> list[str]:
