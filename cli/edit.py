@@ -94,11 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def output_paths(target: Path, count: int) -> list[Path]:
+def output_paths(target: Path, count: int, suffixes: tuple[str, ...] = (".png", ".npy")) -> list[Path]:
     """The files that `count` results go to. Raises OptionError."""
-    if target.suffix not in (".png", ".npy"):
+    if target.suffix not in suffixes:
         better = target.with_suffix(".png") if target.name else "OUT.png"
-        raise OptionError(f"{target}: outputs are .png or .npy", hint=f"-o {better}")
+        raise OptionError(f"{target}: outputs are {' or '.join(suffixes)}", hint=f"-o {better}")
     if target.suffix == ".npy" or count <= 1:
         return [target]
     return [target.with_name(f"{target.stem}-{j:03d}.png") for j in range(count)]

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sdedit.noise import Noise as Noise
     from sdedit.noise import NoiseSource as NoiseSource
     from sdedit.options import EditOptions as EditOptions
+    from sdedit.painting import strokes as strokes
     from sdedit.results import EditResult as EditResult
     from sdedit.results import Progress as Progress
     from sdedit.results import Result as Result
@@ -70,6 +71,7 @@ _HOME = {
         "metrics": "Kid kid kid_difference l2",
         "noise": "Noise NoiseSource",
         "options": "EditOptions",
+        "painting": "strokes",
         "results": "EditResult Progress Result Timings",
         "schedule": "SAMPLERS SPACINGS StepTable plan",
         "sde": "EDM VE VP VPDiscrete",

@@ -19,12 +19,13 @@ from sdedit.record import KEYWORD
 Writer = Callable[[IO[bytes]], None]
 
 
-def png(pixels: Pixels, record: dict[str, Any]) -> Writer:
-    """A writer of (H, W, C) uint8 as PNG with its record."""
+def png(pixels: Pixels, record: dict[str, Any] | None = None) -> Writer:
+    """A writer of (H, W, C) uint8 as PNG, with its record if it has one."""
 
     def write(file: IO[bytes]) -> None:
         text = PngImagePlugin.PngInfo()
-        text.add_text(KEYWORD, json.dumps(record, sort_keys=True))
+        if record is not None:
+            text.add_text(KEYWORD, json.dumps(record, sort_keys=True))
         to_image(pixels).save(file, "PNG", pnginfo=text)
 
     return write
@@ -77,6 +78,20 @@ def write_all(outputs: Sequence[tuple[Path, Writer]]) -> None:
     except OSError as error:
         raise OutputError(
             f"{current}: cannot be written: {reason(error)}", hint="check the disk and the permissions"
+        ) from error
+
+
+def replace(path: Path, write: Writer) -> None:
+    """Write one file, new or again; who reads it meanwhile gets it old or new, and whole. Raises OutputError."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".sdedit-", dir=path.parent) as scratch:
+            whole = os.path.join(scratch, "new")
+            with open(whole, "wb") as file:
+                write(file)
+            os.replace(whole, path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written: {reason(error)}", hint="check the disk and the permissions"
         ) from error
 
 
