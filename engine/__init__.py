@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdedit.artifact import Artifact as Artifact
+    from sdedit.collage import Collage as Collage
+    from sdedit.collage import Patch as Patch
+    from sdedit.collage import compose as compose
     from sdedit.editor import Editor as Editor
     from sdedit.editor import load as load
     from sdedit.errors import ArtifactError as ArtifactError
@@ -61,6 +64,7 @@ _HOME = {
     name: module
     for module, names in {
         "artifact": "Artifact",
+        "collage": "Collage Patch compose",
         "editor": "Editor load",
         "errors": "ArtifactError BackendUnavailable Cancelled ClosedError DeviceError ImageError NetworkError "
         "OptionError OutOfTolerance OutputError ReplayError SdeditError",
