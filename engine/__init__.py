@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from sdedit.sde import VE as VE
     from sdedit.sde import VP as VP
     from sdedit.sde import VPDiscrete as VPDiscrete
+    from sdedit.sheet import contact_sheet as contact_sheet
 
 __version__ = "0.1.0"
 
@@ -79,6 +80,7 @@ _HOME = {
         "results": "EditResult Progress Result Timings",
         "schedule": "SAMPLERS SPACINGS StepTable plan",
         "sde": "EDM VE VP VPDiscrete",
+        "sheet": "contact_sheet",
     }.items()
     for name in names.split()
 }
