@@ -1,6 +1,8 @@
 """Argument types and groups that commands share. Values are checked by the engine, once."""
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 SCHEDULE = ("t0", "steps", "sampler", "eta", "spacing")  # what add_schedule adds
 
@@ -16,6 +18,11 @@ def add_schedule(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--t0", type=float, help="start time in (0, 1]: 0.3 faithful … 0.6 realistic (default: the model's, else 0.5)"
     )
+    add_steps(parser)
+
+
+def add_steps(parser: argparse._ActionsContainer) -> None:
+    """How an edit steps back from its t0."""
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: the model's, else 50)")
     parser.add_argument(
         "--sampler",
@@ -30,8 +37,8 @@ def add_schedule(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_running(parser: argparse.ArgumentParser) -> None:
-    """How guides enter the model, its further inputs, and what executes it."""
+def add_running(parser: argparse.ArgumentParser, set_type: Callable[[str], Any] | None = None) -> None:
+    """How guides enter the model, its further inputs, and what executes it. set_type: where --set takes more."""
     parser.add_argument(
         "--repeats", type=int, metavar="K", help="passes, each starting from the last one's result (default 1)"
     )
@@ -48,7 +55,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--set",
-        type=condition,
+        type=set_type or condition,
         action="append",
         metavar="NAME=VALUE",
         help="a further input of the model, such as class_label=3",

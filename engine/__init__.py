@@ -58,6 +58,11 @@ if TYPE_CHECKING:
     from sdedit.sde import VP as VP
     from sdedit.sde import VPDiscrete as VPDiscrete
     from sdedit.sheet import contact_sheet as contact_sheet
+    from sdedit.tuning import Found as Found
+    from sdedit.tuning import Trial as Trial
+    from sdedit.tuning import Tuner as Tuner
+    from sdedit.tuning import open_tuner as open_tuner
+    from sdedit.tuning import search_t0 as search_t0
 
 __version__ = "0.1.0"
 
@@ -81,6 +86,7 @@ _HOME = {
         "schedule": "SAMPLERS SPACINGS StepTable plan",
         "sde": "EDM VE VP VPDiscrete",
         "sheet": "contact_sheet",
+        "tuning": "Found Trial Tuner open_tuner search_t0",
     }.items()
     for name in names.split()
 }

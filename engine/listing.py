@@ -25,12 +25,7 @@ class GuideFile:
 
     def mask(self) -> Path | None:
         """Raises ImageError where there should be a mask and is none."""
-        for path in self.masks:
-            if path.exists():
-                return path
-        if self.masks:
-            raise ImageError(f"{self.masks[0]}: no such mask", hint="every guide has a mask of its name in --masks")
-        return None
+        return _existing(self.masks) if self.masks else None
 
 
 def find_guides(source: Path, target: Path, masks: Path | None, seed: int) -> list[GuideFile]:
@@ -48,27 +43,52 @@ def find_guides(source: Path, target: Path, masks: Path | None, seed: int) -> li
     if masks is not None and masks.resolve().is_relative_to(source.resolve()):
         raise ImageError(f"{masks}: its masks would be edited with {source}", hint="put the masks beside the guides")
     files: dict[str, GuideFile] = {}
-    for path in sorted(_pictures(source)):
+    for path in pictures_of(source):
         written = _written(path)
         if written in files:
             raise OutputError(
                 f"{source}: {files[written].path} and {path} would both become {written}", hint="rename one of them"
             )
         files[written] = guide_file(source, target, masks, seed, path)
-    if not files:
-        raise ImageError(f"{source}: no pictures in it", hint=f"pictures end in {', '.join(SUFFIXES)}")
     return list(files.values())
 
 
 def guide_file(source: Path, target: Path, masks: Path | None, seed: int, path: str) -> GuideFile:
     """The guide at `path` below `source`."""
     written = _written(path)
-    where = () if masks is None else tuple(dict.fromkeys((masks / written, masks / path)))
+    where = () if masks is None else _mask_paths(masks, path)
     return GuideFile(path, source / path, where, target / written, written, file_seed(seed, path))
 
 
 def _written(path: str) -> str:
     return str(PurePosixPath(path).with_suffix(".png"))
+
+
+def mask_of(masks: Path, path: str) -> Path:
+    """The mask of the guide a/b.jpg: a/b.png, or else a/b.jpg, below `masks`. Raises ImageError if there is none."""
+    if not masks.is_dir():
+        raise ImageError(f"{masks}: no such folder", hint="name a folder of masks")
+    return _existing(_mask_paths(masks, path))
+
+
+def _mask_paths(masks: Path, path: str) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys((masks / _written(path), masks / path)))
+
+
+def _existing(masks: tuple[Path, ...]) -> Path:
+    for path in masks:
+        if path.exists():
+            return path
+    raise ImageError(f"{masks[0]}: no such mask", hint="every guide has a mask of its name in --masks")
+
+
+def pictures_of(folder: Path) -> list[str]:
+    """The pictures of a folder and its folders, sorted: paths below it, with slashes. Raises ImageError."""
+    if not folder.is_dir():
+        raise ImageError(f"{folder}: no such folder", hint="name a folder of pictures")
+    if not (found := sorted(_pictures(folder))):
+        raise ImageError(f"{folder}: no pictures in it", hint=f"pictures end in {', '.join(SUFFIXES)}")
+    return found
 
 
 def _pictures(source: Path) -> Iterator[str]:

@@ -84,7 +84,7 @@ def plan(
     eta = resolve_eta(sampler, eta)
     sigmas = sde.sigma(t0 * (np.arange(steps, -1, -1) / steps))  # starts at t0 itself, not one rounding beside it
     if not sigmas[0] <= LARGEST_SIGMA:
-        largest = np.floor(1e6 * sde.time(LARGEST_SIGMA)) / 1e6
+        largest = latest_t0(sde)
         raise OptionError(
             f"t0 is {t0}, where this model's schedule has no signal left (σ is infinite)",
             hint=f"use t0 <= {largest:g}" if largest > 0 else "the schedule in the model's metadata makes no sense",
@@ -101,6 +101,11 @@ def plan(
     if not np.isfinite(rows).all():
         raise too_close
     return StepTable(rows)
+
+
+def latest_t0(sde: Sde) -> float:
+    """The largest t0 that `plan` takes: below 1 where the schedule ends without any signal."""
+    return 1.0 if sde.sigma(1.0) <= LARGEST_SIGMA else float(np.floor(1e6 * sde.time(LARGEST_SIGMA)) / 1e6)
 
 
 def checked_t0(t0: object, name: str = "t0") -> float:
