@@ -144,6 +144,9 @@ class Noise:
         normals = spare if spare.shape == size else np.empty(size, np.float32)
         for at in range(0, len(normals), self._at_once):
             for image, seed in enumerate(self._seeds):
+                if (same := self._seeds.index(seed)) < image:  # one seed from several t0, or a batch filled up
+                    normals[at : at + self._at_once, image] = normals[at : at + self._at_once, same]
+                    continue
                 for start, count in self._pieces:
                     part = normals[at : at + self._at_once, image, 4 * start : 4 * (start + count)]
                     self._generators[count].fill(part, seed, (start, step + at, repeat, stream))

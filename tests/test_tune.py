@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import SHAPE
 from PIL import Image
 
 import sdedit
-from sdedit import features, output
+from sdedit import features, noise, output
 from sdedit.backends import ort
 from sdedit.cli.main import main
 from sdedit.tuning import EARLIEST, EDITS, Trial
@@ -56,6 +57,18 @@ def test_different_t0_share_network_calls(model, guide, monkeypatch):
     with sdedit.open_tuner(model, [guide], t0s=6, samples=4, steps=5) as tuner:
         tuner.at([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     assert calls == [8] * 3 * 5  # 24 edits in threes of 8
+
+
+def test_images_of_one_seed_share_what_is_drawn(monkeypatch):
+    drawn = []
+    fill = noise._Generator.fill
+    monkeypatch.setattr(
+        noise._Generator, "fill", lambda self, out, key, c: drawn.append(key) or fill(self, out, key, c)
+    )
+    shared = sdedit.Noise([7, 8, 7, 7], SHAPE, steps=1)(1, 0, 0)
+    assert drawn == [7, 8]
+    for image, seed in zip(shared, (7, 8, 7, 7), strict=True):
+        assert np.array_equal(image, sdedit.Noise([seed], SHAPE)(1, 0, 0)[0])
 
 
 def test_l2_is_the_root_of_the_summed_squares_by_hand(paint, picture):
