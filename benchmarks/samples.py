@@ -26,7 +26,7 @@ import PIL
 from numpy.typing import NDArray
 
 import sdedit
-from sdedit.strokes import strokes
+from sdedit import strokes
 
 CHUNK = 20  # guides a file, and images a network call
 RUN_SEEDS = 2**32  # between the first seeds of run a, run b, …

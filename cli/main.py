@@ -18,7 +18,20 @@ from sdedit.cli.exits import FAILED, INTERRUPTED, OK, OUT_OF_TOLERANCE, USAGE
 from sdedit.errors import OptionError, OutOfTolerance, SdeditError
 
 # Each is a module of sdedit.cli.
-COMMANDS = ("edit", "batch", "serve", "strokes", "compose", "tune", "export", "build", "verify", "bench", "inspect", "doctor")
+COMMANDS = (
+    "edit",
+    "batch",
+    "serve",
+    "strokes",
+    "compose",
+    "tune",
+    "export",
+    "build",
+    "verify",
+    "bench",
+    "inspect",
+    "doctor",
+)
 
 
 class Parser(argparse.ArgumentParser):

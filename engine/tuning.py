@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from sdedit import image
 from sdedit.checks import real
-from sdedit.editor import Editor, Job, Result
+from sdedit.editor import Editor
 from sdedit.errors import ImageError, OptionError
 from sdedit.image import Pixels, Source
+from sdedit.jobs import Job
 from sdedit.metrics import SUBSET_SIZE, kid, l2
 from sdedit.noise import result_seed
 from sdedit.options import EditOptions, make_options
+from sdedit.results import Result
 from sdedit.schedule import latest_t0, plan
 
 EARLIEST = 0.02  # a search begins here: below, an edit is its guide
