@@ -19,6 +19,9 @@ from sdedit.errors import OptionError, OutOfTolerance, SdeditError
 
 # Each is a module of sdedit.cli.
 COMMANDS = (
+    "edit", "batch", "serve", "strokes", "compose", "tune", "evaluate", "export", "build", "verify", "bench", "inspect",
+    "doctor",
+)  # fmt: skip
     "edit",
     "batch",
     "serve",

@@ -18,6 +18,7 @@ def command_line(words: Sequence[str], arguments: argparse.Namespace) -> str:
         value = getattr(arguments, name, None)
         if value is not None:
             said += [f"--{name}", "{}x{}".format(*value) if name == "size" else str(value)]
+    said += ["--fast"] if arguments.fast else []
     for flag, pairs in (("--set", arguments.set), ("--ep-option", arguments.ep_option)):
         for name, value in pairs or ():
             said += [flag, f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"]
