@@ -1,11 +1,12 @@
 """What a folder of pictures costs beside its network: `sdedit batch` against images x steps x the network's own time.
 
-python benchmarks/batch.py [-o RESULT.json] [--images 500] [--steps 20] [--batch N] [--runs 2]
+python benchmarks/batch.py [-o RESULT.json] [--images 500] [--steps 20] [--batch N]
 
 The guides are JPEGs of 256x256, cut from an example photograph: decoding, resizing, noise, PNGs, records and manifest
-on the disk are all in the job's time; loading the model is not. First the network alone, bare ONNX Runtime on buffers
-of its own, at every batch size in turn, several times; and again after every run of the job. Memory is the resident
-set, looked at when a picture is done. One JSON object: conditions, ratios, raw samples.
+are all in the job's time; loading the model is not. The network alone is bare ONNX Runtime on buffers of its own: first
+at every batch size in turn, to find the best; then at that size after every tenth of the job, which waits for it (and
+reads and writes up to ten pictures on the side: at most half a percent in its favour). Each tenth is compared with the
+network just before and after it. Memory is the resident set, looked at when a picture is done. One JSON object.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,26 +65,34 @@ class Network:
         binding.bind_output("denoised", "cpu", 0, np.float32, x.shape, denoised.ctypes.data)
         return binding, x, sigma, denoised
 
-    def rounds(self, count: int) -> Iterator[dict[int, float]]:
-        """Milliseconds an image at every batch size, 32 images each, one size after the other."""
-        for _ in range(count):
-            found = {}
-            for size, (binding, *_) in self._bound.items():
-                self._session.run_with_iobinding(binding)
-                calls = 32 // size
-                began = time.perf_counter()
-                for _ in range(calls):
-                    self._session.run_with_iobinding(binding)
-                found[size] = 1e3 * (time.perf_counter() - began) / (calls * size)
-            yield found
+    def ms_an_image(self, size: int) -> float:
+        """One evaluation an image, 32 images."""
+        binding = self._bound[size][0]
+        self._session.run_with_iobinding(binding)
+        calls = 32 // size
+        began = time.perf_counter()
+        for _ in range(calls):
+            self._session.run_with_iobinding(binding)
+        return 1e3 * (time.perf_counter() - began) / (calls * size)
 
 
-def run(editor: sdedit.Editor, guides: Path, options: dict[str, int]) -> tuple[sdedit.FolderResult, list[float]]:
-    """The job, and the resident set after every picture in MB."""
-    memory: list[float] = []
-    with tempfile.TemporaryDirectory() as out:
-        result = sdedit.edit_folder(editor, guides, out, on_file=lambda _: memory.append(resident_mb()), **options)
-    return result, memory
+class Watch:
+    """What `on_file` sees: the time of every tenth without the breaks, the network in the breaks, the resident set."""
+
+    def __init__(self, network: Network, size: int, images: int) -> None:
+        self._network, self._size, self._tenth = network, size, max(1, images // 10)
+        self.tenth_ms: list[float] = []
+        self.network_ms: list[float] = []
+        self.memory_mb: list[float] = []
+        self._began = 0.0
+
+    def __call__(self, progress: sdedit.FolderProgress) -> None:
+        self.memory_mb.append(resident_mb())
+        if progress.done % self._tenth == 0:
+            if progress.done:
+                self.tenth_ms.append(1e3 * (time.perf_counter() - self._began))
+            self.network_ms.append(statistics.median(self._network.ms_an_image(self._size) for _ in range(3)))
+            self._began = time.perf_counter()
 
 
 def main() -> None:
@@ -93,40 +101,24 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, help="default: that of sdedit batch")
-    parser.add_argument("--runs", type=int, default=2)
     arguments = parser.parse_args()
     editor = sdedit.load(backend="ort-cpu")
     network = Network(editor)
-    next(network.rounds(1))
-    samples = [list(network.rounds(3))]
-    options = {"steps": arguments.steps} | ({} if arguments.batch is None else {"batch": arguments.batch})
-    jobs = []
-    with tempfile.TemporaryDirectory() as folder:
-        guides = Path(folder)
-        write_guides(guides, arguments.images)
-        for _ in range(arguments.runs):
-            jobs.append(run(editor, guides, options))
-            samples.append(list(network.rounds(3)))
-    every = [one for group in samples for one in group]
-    medians = {size: statistics.median(one[size] for one in every) for size in SIZES}
+    rounds = [{size: network.ms_an_image(size) for size in SIZES} for _ in range(6)][1:]
+    medians = {size: statistics.median(one[size] for one in rounds) for size in SIZES}
     best = min(medians, key=lambda size: medians[size])
-    tenth = max(1, arguments.images // 10)
-    rows = []
-    for number, (result, memory) in enumerate(jobs):
-        beside = statistics.median(one[best] for group in samples[number : number + 2] for one in group)
-        wanted = arguments.images * arguments.steps * beside
-        first, last = max(memory[1 : tenth + 1]), max(memory[-tenth:])
-        rows.append(
-            {
-                "total_ms": round(result.total_ms, 1),
-                "network_ms_per_image_step": round(beside, 4),
-                "over_network_at_best_batch": round(result.total_ms / wanted, 4),
-                "first_tenth_peak_mb": round(first, 1),
-                "last_tenth_peak_mb": round(last, 1),
-                "memory_last_over_first": round(last / first, 4),
-                "failed": len(result.failed),
-            }
-        )
+    options = {"steps": arguments.steps} | ({} if arguments.batch is None else {"batch": arguments.batch})
+    watch = Watch(network, best, arguments.images)
+    with tempfile.TemporaryDirectory() as guides, tempfile.TemporaryDirectory() as out:
+        write_guides(Path(guides), arguments.images)
+        result = sdedit.edit_folder(editor, guides, out, on_file=watch, **options)
+    evaluations = arguments.images // 10 * arguments.steps
+    ratios = [
+        ms / (evaluations * (before + after) / 2)
+        for ms, before, after in zip(watch.tenth_ms, watch.network_ms, watch.network_ms[1:], strict=False)
+    ]
+    tenth = arguments.images // 10
+    first, last = max(watch.memory_mb[1 : tenth + 1]), max(watch.memory_mb[-tenth:])
     found = {
         "conditions": {
             "machine": platform.machine(),
@@ -141,17 +133,24 @@ def main() -> None:
             "images": arguments.images,
             "guides": f"JPEG {SIDE}x{SIDE}",
             "steps": arguments.steps,
-            "batch": jobs[0][0].options.batch,
-            "sampler": jobs[0][0].options.sampler,
+            "batch": result.options.batch,
+            "sampler": result.options.sampler,
             "precision": editor.backend.precision,
         },
+        "failed": len(result.failed),
         "best_batch": best,
         "network_ms_per_image_step": {str(size): round(value, 4) for size, value in medians.items()},
-        "over_network_at_best_batch": round(statistics.median(row["over_network_at_best_batch"] for row in rows), 4),
-        "memory_last_over_first": max(row["memory_last_over_first"] for row in rows),
-        "runs": rows,
-        "network_samples": [{str(size): round(ms, 4) for size, ms in one.items()} for one in every],
-    }
+        "over_network_at_best_batch": {
+            "median": round(statistics.median(ratios), 4), "min": round(min(ratios), 4), "max": round(max(ratios), 4),
+        },
+        "memory_mb": {"first_tenth_peak": round(first, 1), "last_tenth_peak": round(last, 1)},
+        "memory_last_over_first": round(last / first, 4),
+        "samples": {
+            "tenth_ms": [round(ms, 1) for ms in watch.tenth_ms],
+            "network_ms_per_image_step_between": [round(ms, 4) for ms in watch.network_ms],
+            "network_ms_per_image_step": [{str(size): round(ms, 4) for size, ms in one.items()} for one in rounds],
+        },
+    }  # fmt: skip
     text = json.dumps(found, indent=2)
     if arguments.output is not None:
         arguments.output.write_text(f"{text}\n", "utf-8")

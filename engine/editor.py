@@ -80,7 +80,7 @@ class Editor:
 
     @contextmanager
     def _executor(self, options: EditOptions, size: tuple[int, int] | None) -> Iterator[Executor]:
-        """Raises ClosedError."""
+        """The backend's, which `close` waits for. Raises ClosedError."""
         with self._lifetime.inside(), self.backend.executor(options.batch, options.conditions, size) as executor:
             yield executor
 

@@ -18,10 +18,12 @@ class Lifetime:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Use it, for the length of a `with` block. Raises ClosedError once `close` was called."""
+        """Use it, for the length of a `with` block. Raises ClosedError once `close` was called, but inside another use
+        of this thread.
+        """
         me = threading.get_ident()
         with self._changed:
-            if self._closing:
+            if self._closing and me not in self._inside:
                 raise ClosedError(f"{self._what} is closed", hint=self._hint)
             self._inside.append(me)
         try:

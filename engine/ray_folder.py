@@ -7,12 +7,15 @@ loses nothing: Ray starts its actor again and gives it the chunk anew, whose fil
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from sdedit import artifact as artifacts
 from sdedit import errors, folder, manifest
@@ -88,16 +91,16 @@ def edit_folder_on_ray(
     running = backend, precision or artifact.precision
     ledger = Ledger(target, chosen, artifact, running, on_file, masked=masked is not None)
     files = find_guides(source, target, masked, chosen.seed)
-    order = Order(
-        opened.path.absolute(), artifact.sha256, backend, precision, threads, dict(provider_options or {}), source,
-        masked, target, target, chosen, ledger.same,
-    )  # fmt: skip
     with claimed(target) as scratch:
         with ThreadPoolExecutor(min(usable_cores(), 4)) as pool:
             rest = ledger.resume(files, pool, 64, force=force)
         if rest:
+            order = Order(
+                opened.path.absolute(), artifact.sha256, backend, precision, threads, dict(provider_options or {}), source,
+                masked, target, scratch, chosen, ledger.same,
+            )  # fmt: skip
             with _cluster(address) as ray:
-                for entries in _entries(ray, [file.path for file in rest], replace(order, scratch=scratch), workers):
+                for entries in _entries(ray, [file.path for file in rest], order, workers):
                     ledger.note(entries)
                     for entry in entries:
                         failed = entry["status"] == manifest.FAILED
@@ -110,7 +113,7 @@ def _path(given: str | Path) -> Path:
     """A folder that all machines see, absolute. Raises OptionError for another kind of place."""
     text = os.fspath(given)
     if text.startswith("file://"):
-        text = text.removeprefix("file://")
+        text = url2pathname(urlsplit(text).path)
     if "://" in text:
         raise OptionError(
             f"{text}: not a folder of a file system", hint="mount it on every machine of the cluster, and name the path"
@@ -128,25 +131,41 @@ def _cluster(address: str) -> Iterator[Any]:
         import ray.data
     except ImportError as error:
         raise BackendUnavailable(f"Ray cannot be imported: {error}", hint="pip install 'sdedit-engine[ray]'") from error
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     ours = not ray.is_initialized()
-    if ours:
-        try:
-            ray.init(
-                address=None if address == "auto" else address, include_dashboard=False, log_to_driver=False,
-                logging_level=logging.CRITICAL,
-            )  # fmt: skip
-        except Exception as error:  # ConnectionError, ValueError, RuntimeError and its own
-            raise BackendUnavailable(
-                f"Ray at {address}: {' '.join(str(error).split())}",
-                hint="'ray status' shows a running cluster; --ray local starts one for this job",
-            ) from error
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
+        if ours:
+            _connect(ray, address)
         yield ray
     finally:
         if ours:
             ray.shutdown()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Raises BackendUnavailable."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # its C++ part says there which log level it was told
+    try:
+        ray.init(
+            address=None if address == "auto" else address, include_dashboard=False, log_to_driver=False,
+            logging_level=logging.CRITICAL,
+        )  # fmt: skip
+    except Exception as error:  # ConnectionError, ValueError, RuntimeError and its own
+        raise BackendUnavailable(
+            f"Ray at {address}: {' '.join(str(error).split())}",
+            hint="'ray status' shows a running cluster; --ray local starts one for this job",
+        ) from error
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _entries(ray: Any, paths: Sequence[str], order: Order, workers: int | None) -> Iterator[list[manifest.Entry]]:

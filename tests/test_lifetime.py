@@ -163,6 +163,21 @@ def test_close_waits_for_the_edit_that_runs_and_so_does_a_second_one(fresh, pict
     assert sorted(order) == ["again", "close", "edit"]
 
 
+def test_a_use_within_a_use_is_finished_too():
+    lifetime, closed = Lifetime("it", ""), []
+    with lifetime.inside():
+        closing = threading.Thread(target=lambda: lifetime.close(lambda: closed.append(1)))
+        closing.start()
+        while not lifetime._closing:
+            time.sleep(0.001)
+        with lifetime.inside():
+            assert closed == []
+    closing.join(timeout=60)
+    assert closed == [1]
+    with pytest.raises(sdedit.ClosedError), lifetime.inside():
+        pass
+
+
 def test_what_was_bound_before_lives_on(fresh):
     denoiser = fresh.backend.bind(1, {})
     x, sigma = np.ones((1, *SHAPE), np.float32), np.ones(1, np.float32)
