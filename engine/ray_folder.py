@@ -7,6 +7,7 @@ loses nothing: Ray starts its actor again and gives it the chunk anew, whose fil
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from sdedit import artifact as artifacts
-from sdedit import errors, folder, manifest
+from sdedit import errors, folder, manifest, output
 from sdedit.backends import USUAL_BATCH
 from sdedit.backends.ort import MOST_THREADS, usable_cores
 from sdedit.checks import whole
@@ -31,6 +32,7 @@ from sdedit.options import EditOptions
 
 BATCHES_A_CHUNK = 8  # what a worker that dies has to do again, and how often the manifest is written
 ON_A_GPU = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-tensorrt")
+CLUSTER_HINT = "'ray status' shows a running cluster; --ray local starts one for this job"
 WORKER_THREADS = 2  # of each worker, that read and write pictures
 
 
@@ -149,6 +151,12 @@ def _cluster(address: str) -> Iterator[Any]:
 
 def _connect(ray: Any, address: str) -> None:
     """Raises BackendUnavailable."""
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in host and port.isdigit():  # Ray itself would try for minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise BackendUnavailable(f"Ray at {address}: {output.reason(error)}", hint=CLUSTER_HINT) from error
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)  # its C++ part says there which log level it was told
@@ -158,10 +166,7 @@ def _connect(ray: Any, address: str) -> None:
             logging_level=logging.CRITICAL,
         )  # fmt: skip
     except Exception as error:  # ConnectionError, ValueError, RuntimeError and its own
-        raise BackendUnavailable(
-            f"Ray at {address}: {' '.join(str(error).split())}",
-            hint="'ray status' shows a running cluster; --ray local starts one for this job",
-        ) from error
+        raise BackendUnavailable(f"Ray at {address}: {' '.join(str(error).split())}", hint=CLUSTER_HINT) from error
     finally:
         os.dup2(kept, 2)
         os.close(kept)

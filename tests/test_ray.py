@@ -207,6 +207,15 @@ def test_more_than_the_cluster_has_is_refused(cluster, guides, tmp_path, network
     assert capsys.readouterr().err.startswith("error: a worker on ort-cpu wants 3 CPU; the cluster has 2\nhint: ")
 
 
+def test_a_cluster_that_is_not_there_is_said_at_once(monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(sdedit.BackendUnavailable, match="Connection refused") as raised:
+        ray_folder._cluster("127.0.0.1:1").__enter__()
+    assert "--ray local" in raised.value.hint
+
+
 def test_places_that_are_no_folders_are_refused(guides, tmp_path, network, capsys):
     assert on_ray("s3://bucket/in", tmp_path, network) == 2
     assert capsys.readouterr().err.startswith("error: s3://bucket/in: not a folder of a file system\nhint: mount it")
