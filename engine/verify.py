@@ -96,9 +96,7 @@ def compare(
     with_images also runs a whole edit of the first guide, IMAGE_STEPS long, with each denoiser. on_evaluation is told
     how many of how many network calls are done. Raises NetworkError where the reference is not finite.
     """
-    times = [t for t in TIMES if sde.sigma(t) <= LARGEST_SIGMA]
-    if not times:
-        raise OptionError("this schedule has no noise level to compare at", hint="correct the schedule's numbers")
+    times = times_of(sde)
     t0 = min(0.5, max(times))
     parts = [
         range(2 * len(times))[at : at + size]
@@ -140,6 +138,13 @@ def compare(
         images = ImageDistance(IMAGE_STEPS, float(apart.mean()), float(np.percentile(apart, 99.9)))
     evaluations.sort(key=lambda e: (e.where != "schedule", e.t))
     return Report(tuple(evaluations), tolerance, images)
+
+
+def times_of(sde: Sde) -> list[float]:
+    """Those of TIMES at which the schedule has a noise level. Raises OptionError where it has none."""
+    if times := [t for t in TIMES if sde.sigma(t) <= LARGEST_SIGMA]:
+        return times
+    raise OptionError("this schedule has no noise level to compare at", hint="correct the schedule's numbers")
 
 
 def visited(denoiser: Denoiser, sde: Sde, guides: Array, *, t0: float, steps: int) -> list[tuple[Array, Array, Array]]:

@@ -180,14 +180,14 @@ def out_of_tolerance(report: Report, path: Path) -> OutOfTolerance:
 
 
 def calibration(graph: Graph, sde: Sde, frames: Array) -> list[dict[str, np.ndarray]]:
-    """The network's inputs along real edits of the guides, from the usual t0 and from near the top of the schedule."""
+    """The network's inputs along real edits of the guides, from the usual t0 and from the top of the schedule."""
     declared = graph.metadata.get("inputs") or {}
     extra = {name: np.full(2, value, declared[name]["dtype"]) for name, value in graph.conditions.items()}
     pairs = [np.resize(frames[at : at + 2], (2, *frames.shape[1:])) for at in range(0, len(frames), 2)]
     return [
         {"x": x, "sigma": sigma, **extra}
         for pair in pairs
-        for t0 in (0.5, 0.9)
+        for t0 in (0.5, verify.times_of(sde)[-1])
         for x, sigma, _ in verify.visited(graph.reference(2), sde, pair, t0=t0, steps=CALIBRATION_STEPS)
     ]
 
