@@ -600,6 +600,17 @@ def test_int8_keeps_to_the_tolerance_by_leaving_layers_in_float32(small: ModelPr
     assert 1e-3 < worst_error(exact, run(everything, x, sigma), x) < 5e-3  # 2e-2 where products overflow 16 bits
 
 
+def test_int8_takes_fewer_layers_where_all_together_err_too_much(
+    small: ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdedit.export.int8.MOST", 1e-3)
+    kept = quantize(small, feeds())
+    assert 0 < len(eight_bit_layers(kept)) < 7
+    for feed in feeds():
+        x, sigma = feed["x"], feed["sigma"]
+        assert worst_error(run(small, x, sigma), run(kept, x, sigma), x) <= 1e-3
+
+
 def test_no_tolerance_at_all_is_float32(small: ModelProto) -> None:
     exact = quantize(small, feeds(), tolerance=0.0)
     assert eight_bit_layers(exact) == []
