@@ -14,9 +14,11 @@ TOOLS = ("exported_from", "torch", "onnx", "sdedit_engine")  # in `source`, and 
 def companions(artifact: Artifact) -> list[Artifact]:
     """The other artifacts in its folder that say they are the same network: in another precision, say.
 
-    Made from this very file, or both from one checkpoint. Whether that is true, `verify` shows.
+    Made from this very file, or both from one checkpoint; of copies one. Whether that is true, `verify` shows.
     """
-    return [other for other in _beside(artifact.path) if _claims_to_be(other, artifact)]
+    found = {other.sha256: other for other in _beside(artifact.path) if _claims_to_be(other, artifact)}
+    found.pop(artifact.sha256, None)  # a copy
+    return list(found.values())
 
 
 def with_sha256(path: Path, sha256: str) -> Path:

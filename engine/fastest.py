@@ -79,13 +79,13 @@ def open_fastest(
     if trials is None:
         log.info("fast: first use of %s on this machine, so what can run it is timed and verified", artifact.name)
         trials = _try_all(models, backend, precision, threads)
+        if not any(trial.passed for trial in trials):
+            raise BackendUnavailable(
+                f"nothing that runs {artifact.name} here passed verification",
+                hint="leave --fast out; see 'sdedit doctor'",
+            )
         _keep(kept, identity, trials)
-    passed = [trial for trial in trials if trial.passed]
-    if not passed:
-        raise BackendUnavailable(
-            f"nothing that runs {artifact.name} here passed verification", hint="leave --fast out; see 'sdedit doctor'"
-        )
-    best = min(passed, key=lambda trial: _cost(trial, trials))
+    best = min((trial for trial in trials if trial.passed), key=lambda trial: _cost(trial, trials))
     log.info("fast: %s", _verdict(best, trials))
     model = next(model for model in models if model.sha256 == best.sha256)
     return model, open_backend(best.backend, model, threads, precision=best.precision)
