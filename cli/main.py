@@ -22,19 +22,6 @@ COMMANDS = (
     "edit", "batch", "serve", "strokes", "compose", "tune", "evaluate", "export", "build", "verify", "bench", "inspect",
     "doctor",
 )  # fmt: skip
-    "edit",
-    "batch",
-    "serve",
-    "strokes",
-    "compose",
-    "tune",
-    "export",
-    "build",
-    "verify",
-    "bench",
-    "inspect",
-    "doctor",
-)
 
 
 class Parser(argparse.ArgumentParser):

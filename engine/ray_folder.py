@@ -98,8 +98,8 @@ def edit_folder_on_ray(
             rest = ledger.resume(files, pool, 64, force=force)
         if rest:
             order = Order(
-                opened.path.absolute(), artifact.sha256, backend, precision, threads, dict(provider_options or {}), source,
-                masked, target, scratch, chosen, ledger.same,
+                opened.path.absolute(), artifact.sha256, backend, precision, threads, dict(provider_options or {}),
+                source, masked, target, scratch, chosen, ledger.same,
             )  # fmt: skip
             with _cluster(address) as ray:
                 for entries in _entries(ray, [file.path for file in rest], order, workers):
