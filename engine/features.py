@@ -1,4 +1,4 @@
-"""Feature networks of the user's own, such as FID's Inception: pictures in, one row of features a picture out."""
+"""Networks of the user's own that measure pictures: features, such as FID's Inception gives, and LPIPS distances."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,8 +15,9 @@ from sdedit.errors import ArtifactError, BackendUnavailable, OptionError
 
 Array = NDArray[np.float32]
 Run = Callable[[Array], Array]  # (B, 3, H, W) -> (B, F)
+RunPair = Callable[[Array, Array], Array]  # (B, 3, H, W) twice -> (B,), or with sides of 1 behind it
 
-BATCH = 16
+BATCH = 16  # pictures in a network call
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,17 @@ class Convention:
     high: float = 0.9921875  # and what 255 becomes
 
     def __str__(self) -> str:
-        return f"{self.size or 'own'}:{self.low:g}:{self.high!r}"
+        return f"{self.size or 'own'}:{self.low!r}:{self.high!r}"
+
+
+UNSCALED = Convention(None, -1.0, 1.0)
 
 
 class FeatureNetwork:
     """Called with uint8 pictures (N, H, W, 3); returns float32 (N, F). Made by `open_features`."""
 
     def __init__(self, path: Path, convention: Convention, run: Run) -> None:
-        self.name, self.convention, self._run = path.name, convention, run
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.name, self.sha256, self.convention, self._run = path.name, _sha256(path), convention, run
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Array:
         """Raises OptionError (not pictures), ArtifactError (the network cannot run them, or returns no rows)."""
@@ -63,19 +66,64 @@ class FeatureNetwork:
         return np.asarray(rows.reshape(len(rows), -1), np.float32)
 
 
+class DistanceNetwork:
+    """LPIPS, or another distance of two pictures. Called with uint8 pictures (N, H, W, 3) twice; returns float32 (N,).
+
+    The network is fed values in [-1, 1]. Made by `open_lpips`.
+    """
+
+    def __init__(self, path: Path, run: RunPair) -> None:
+        self.name, self.sha256, self._run = path.name, _sha256(path), run
+
+    def __call__(self, a: NDArray[np.uint8], b: NDArray[np.uint8], *, mask: NDArray[np.uint8] | None = None) -> Array:
+        """mask: (N, H, W), 0 = keep. With one, both pictures are grey wherever it is not 0, so that only the kept part
+        can differ. Raises ArtifactError: the network cannot run them, or returns no distances.
+        """
+        parts = [slice(at, at + BATCH) for at in range(0, len(a), BATCH)]
+        return np.concatenate([self._distances(a[one], b[one], None if mask is None else mask[one]) for one in parts])
+
+    def _distances(self, a: NDArray[np.uint8], b: NDArray[np.uint8], mask: NDArray[np.uint8] | None) -> Array:
+        pair = [to_network(pixels, UNSCALED) for pixels in (a, b)]
+        if mask is not None:
+            for x in pair:
+                x *= (mask == 0)[:, None]
+        try:
+            distances = np.asarray(self._run(*pair))
+        except Exception as error:  # runtimes raise their own kinds
+            raise ArtifactError(
+                f"{self.name}: cannot run on two float32 {pair[0].shape}: {_last_line(error)}",
+                hint="a distance takes two (N, 3, H, W) and returns (N,)",
+            ) from error
+        if distances.size != len(a):
+            raise ArtifactError(
+                f"{self.name}: returned {distances.shape} for {len(a)} pairs; wanted one value a pair",
+                hint="a distance takes two (N, 3, H, W) and returns (N,)",
+            )
+        return np.asarray(distances.reshape(-1), np.float32)
+
+
 def open_features(path: str | Path, convention: Convention | None = None) -> FeatureNetwork:
     """Open an .onnx file with one input (N, 3, H, W) and, first of its outputs, features (N, F).
 
     TorchScript is opened by `sdedit.export.features.open_features`. Raises ArtifactError, BackendUnavailable.
     """
     path = Path(path)
-    if path.suffix != ".onnx":
-        raise OptionError(
-            f"{path}: not an .onnx file", hint="sdedit.export.features.open_features opens TorchScript, with torch"
-        )
+    _require_onnx(path, "open_features")
     session = open_onnx(path, inputs=1)
     name = session.get_inputs()[0].name
     return FeatureNetwork(path, convention or Convention(), lambda x: session.run(None, {name: x})[0])
+
+
+def open_lpips(path: str | Path) -> DistanceNetwork:
+    """Open an .onnx file that takes two pictures (N, 3, H, W) in [-1, 1] and returns their distances, (N,).
+
+    TorchScript is opened by `sdedit.export.features.open_lpips`. Raises ArtifactError, BackendUnavailable.
+    """
+    path = Path(path)
+    _require_onnx(path, "open_lpips")
+    session = open_onnx(path, inputs=2)
+    first, second = (one.name for one in session.get_inputs())
+    return DistanceNetwork(path, lambda a, b: session.run(None, {first: a, second: b})[0])
 
 
 def open_onnx(path: Path, *, inputs: int) -> Any:
@@ -100,6 +148,13 @@ def open_onnx(path: Path, *, inputs: int) -> Any:
     return session
 
 
+def _require_onnx(path: Path, opener: str) -> None:
+    if path.suffix != ".onnx":
+        raise OptionError(
+            f"{path}: not an .onnx file", hint=f"sdedit.export.features.{opener} opens TorchScript, with torch"
+        )
+
+
 def require_file(path: Path) -> None:
     """Raise ArtifactError unless the file is there."""
     if not path.is_file():
@@ -115,3 +170,11 @@ def to_network(pixels: NDArray[np.uint8], convention: Convention) -> Array:
         scaled = [np.asarray(plane.resize((size, size), Resampling.BILINEAR)) for plane in planes]
         x = np.stack(scaled).reshape(len(pixels), 3, size, size)
     return np.ascontiguousarray(x * np.float32((convention.high - convention.low) / 255) + np.float32(convention.low))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -79,6 +79,15 @@ def mmd2(a: Features, b: Features) -> float:
     return float(within_a + within_b - 2 * ab.mean())
 
 
+def require_pictures(n: int, m: int, subset_size: int) -> None:
+    """Raise OptionError unless n and m pictures are enough for `kid`."""
+    if min(n, m) < subset_size:
+        raise OptionError(
+            f"KID over subsets of {subset_size} needs {subset_size} pictures on each side; there are {n} and {m}",
+            hint=f"give at least {subset_size} pictures on both sides, or smaller subsets",
+        )
+
+
 def l2(guides: Pictures, results: Pictures, *, mask: NDArray[Any] | None = None) -> NDArray[np.float64]:
     """√Σ(guide − result)² of each pair over all its values in [0, 1], as Meng et al. 2022 measure faithfulness. (N,)
 
@@ -135,11 +144,7 @@ def _subsets(sets: list[Features], size: int, count: int, seed: int) -> Iterator
     size = whole("subset_size", size, 3, 2**31, hint="100 is usual for some hundred pictures, 1000 for thousands")
     count = whole("subsets", count, 2, MOST_SUBSETS, hint="100 is usual")
     n, m = map(len, sets)
-    if min(n, m) < size:
-        raise OptionError(
-            f"KID over subsets of {size} needs {size} pictures on each side; there are {n} and {m}",
-            hint=f"give at least {size} pictures on both sides, or smaller subsets",
-        )
+    require_pictures(n, m, size)
     rng = np.random.default_rng(seed)
     return ((rng.permutation(n)[:size], rng.permutation(m)[:size]) for _ in range(count))
 

@@ -1,4 +1,4 @@
-"""Feature networks as TorchScript files, for measurement; `sdedit.features` has those as ONNX."""
+"""Networks that measure pictures, as TorchScript files; `sdedit.features` opens those as ONNX."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sdedit import features as onnx
 from sdedit.errors import ArtifactError
-from sdedit.features import Convention, FeatureNetwork, require_file
-from sdedit.features import open_features as open_onnx_features
+from sdedit.features import Convention, DistanceNetwork, FeatureNetwork, require_file
 
 Array = NDArray[np.float32]
 
@@ -22,7 +22,7 @@ def open_features(path: str | Path, convention: Convention | None = None) -> Fea
     """
     path = Path(path)
     if path.suffix == ".onnx":
-        return open_onnx_features(path, convention)
+        return onnx.open_features(path, convention)
     module = open_script(path)
     asked = {"return_features": True} if "return_features" in _arguments(module) else {}
 
@@ -31,6 +31,23 @@ def open_features(path: str | Path, convention: Convention | None = None) -> Fea
             return module(torch.from_numpy(x), **asked).numpy()
 
     return FeatureNetwork(path, convention or Convention(), run)
+
+
+def open_lpips(path: str | Path) -> DistanceNetwork:
+    """Open a distance of pictures: .onnx, or else TorchScript taking two (N, 3, H, W) in [-1, 1] and returning (N,).
+
+    Raises ArtifactError, BackendUnavailable.
+    """
+    path = Path(path)
+    if path.suffix == ".onnx":
+        return onnx.open_lpips(path)
+    module = open_script(path)
+
+    def run(a: Array, b: Array) -> Array:
+        with torch.inference_mode():
+            return module(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+
+    return DistanceNetwork(path, run)
 
 
 def open_script(path: Path) -> Any:
