@@ -2,7 +2,10 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdedit.features import Convention
 
 SCHEDULE = ("t0", "steps", "sampler", "eta", "spacing")  # what add_schedule adds
 
@@ -125,3 +128,14 @@ def size(text: str) -> tuple[int, int]:
         return int(width), int(height or width)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT") from None
+
+
+def convention(text: str) -> "Convention":
+    """SIZE:LOW:HIGH, SIZE a number of pixels or own."""
+    from sdedit.features import Convention
+
+    try:
+        side, low, high = text.split(":")
+        return Convention(None if side == "own" else positive(side), float(low), float(high))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SIZE:LOW:HIGH, such as own:-1:1") from None

@@ -1,0 +1,47 @@
+"""Strokes on a part of a photograph: what an edit changes outside its mask, which must be nothing."""
+
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from samples import CHUNK, Cache, Guides, Pictures, Setting
+
+import sdedit
+
+COUNT = 100  # photographs
+
+
+def collages(guides: Guides, count: int) -> tuple[Pictures, NDArray[np.uint8]]:
+    """Photographs whose masked part is strokes, and the masks (count, 64, 64): ellipses, 255 inside, 0 outside."""
+    photos, painted = guides.photos[:count], guides.painted()[:count]
+    rng = np.random.default_rng(1)
+    rows, columns = np.mgrid[:64, :64]
+    masks = []
+    for _ in range(count):
+        (y, x), (b, a) = rng.uniform(20, 44, 2), rng.uniform(8, 20, 2)
+        masks.append(((rows - y) / b) ** 2 + ((columns - x) / a) ** 2 <= 1)
+    inside = np.stack(masks)
+    return np.where(inside[..., None], painted, photos), np.where(inside, np.uint8(255), np.uint8(0))
+
+
+def measure(cache: Cache, guides: Guides, setting: Setting) -> dict[str, Any]:
+    """The L2 between guide and result outside the mask, and inside; from the cache where it is there."""
+    count = min(COUNT, guides.count)
+    path = cache.folder / f"masked-{setting.name}-{count}.json"
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    pictures, masks = collages(guides, count)
+    editor = sdedit.load(cache.model, backend="ort-cpu", threads=1)
+    made = editor.edit(list(pictures), mask=list(masks), batch=CHUNK, **setting.options())
+    pixels = np.stack([one.pixels for one in made.results])
+    outside, whole = sdedit.l2(pictures, pixels, mask=masks), sdedit.l2(pictures, pixels)
+    found = {
+        "photographs": count,
+        "t0": setting.t0,
+        "steps": setting.steps,
+        "l2_outside_max": float(outside.max()),
+        "l2_inside_mean": float(np.sqrt(whole**2 - outside**2).mean()),
+    }
+    path.write_text(json.dumps(found))
+    return found

@@ -1,0 +1,214 @@
+"""The trade-off as a figure, tables and sentences, all from trade_off.json."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import look
+import numpy as np
+from samples import Guides, Pictures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SHOWN_T0S = (0.1, 0.3, 0.5, 0.7, 0.9)
+SHOWN_GUIDES = 5
+PAPER_COLORS = {3: 0.0233, 6: 0.0156, 16: 0.0135, 30: 0.0128, 50: 0.0126}  # KID on churches, its table 4
+
+Report = Mapping[str, Any]
+Rows = list[dict[str, Any]]
+
+
+def draw(report: Report, folder: Path) -> None:
+    """trade_off.png and trade_off.md."""
+    figure, axes = look.figure(6.4, nrows=2, ncols=2)
+    _against_t0(axes[0, 0], report)
+    _against_colors(axes[0, 1], report)
+    _against_repeats(axes[1, 0], report)
+    _against_steps(axes[1, 1], report)
+    look.save(figure, folder / "trade_off.png")
+    (folder / "trade_off.md").write_text("\n".join(text(report)) + "\n")
+
+
+def show(guides: Guides, made: Mapping[float, Pictures], folder: Path) -> None:
+    """trade_off_pictures.png: photographs, strokes and results."""
+    painted = guides.painted()
+    columns = ["photograph", "guide", *(f"t0 = {t0}" for t0 in made)]
+    rows = [[guides.photos[i], painted[i], *(made[t0][i] for t0 in made)] for i in range(SHOWN_GUIDES)]
+    look.sheet(rows, columns).save(folder / "trade_off_pictures.png")
+
+
+def _against_t0(axes: "Axes", report: Report) -> None:
+    rows = report.get("t0", [])
+    _two_scales(axes, rows, "t0")
+    guide = _guide(report, 6)
+    axes.axhline(guide["kid"], color=look.REALISM, linestyle=":", linewidth=1.2)
+    axes.annotate(
+        "the guides themselves", (1.0, guide["kid"]), xytext=(0, 3), textcoords="offset points", ha="right",
+        fontsize=8.5, color=look.REALISM,
+    )  # fmt: skip
+    axes.set(
+        title="Where the edit starts (paper, figure 3)",
+        xlabel="t0: faithful … realistic",
+        xticks=np.arange(1, 10, 2) / 10,
+    )
+
+
+def _against_colors(axes: "Axes", report: Report) -> None:
+    rows = report.get("colors", [])
+    _two_scales(axes, rows, "colors")
+    axes.set(title="How much the guide says (paper, table 4)", xlabel="colours of the strokes", xscale="log")
+    axes.set_xticks(list(PAPER_COLORS), [str(count) for count in PAPER_COLORS])
+    axes.minorticks_off()
+
+
+def _against_repeats(axes: "Axes", report: Report) -> None:
+    _two_scales(axes, report.get("repeats", []), "repeats")
+    axes.set(title="Passes", xlabel="K", xticks=[1, 2, 3], xlim=(0.8, 3.2))
+
+
+def _against_steps(axes: "Axes", report: Report) -> None:
+    for sampler, color, marker in (("em", look.RED, "s"), ("ancestral", look.REALISM, "o")):
+        rows = [row for row in report.get("samplers", []) if row["sampler"] == sampler]
+        _curve(axes, rows, "steps", "kid", color, marker, label=sampler)
+    axes.set(title="Steps and their noise", xlabel="steps N", xscale="log")
+    axes.set_xticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"])
+    axes.minorticks_off()
+    axes.legend()
+    look.colored(axes, "KID", look.INK)
+
+
+def _two_scales(axes: "Axes", rows: Rows, x: str) -> None:
+    right = look.second_scale(axes, "L2 to the guide", look.FAITHFULNESS)
+    look.colored(axes, "KID", look.REALISM)
+    _curve(axes, rows, x, "kid", look.REALISM, "o")
+    _curve(right, rows, x, "l2", look.FAITHFULNESS, "s")
+
+
+def _curve(axes: "Axes", rows: Rows, x: str, y: str, color: str, marker: str, label: str | None = None) -> None:
+    if rows:
+        xs, ys, errors = zip(*((row[x], row[y], row[f"{y}_se"]) for row in rows), strict=True)
+        axes.errorbar(xs, ys, errors, color=color, marker=marker, label=label)
+
+
+def _guide(report: Report, colors: int) -> dict[str, Any]:
+    return next(row for row in report["guide"] if row["colors"] == colors)
+
+
+# --- words -------------------------------------------------------------------------------------------------------
+
+
+def text(report: Report) -> Iterator[str]:
+    """trade_off.md, line by line."""
+    made = report["conditions"]
+    kid = made["kid"]
+    yield from (
+        "# Realism against faithfulness",
+        "",
+        "![KID and L2 against t0, colours, repeats and steps](trade_off.png)",
+        "",
+        "![Strokes edited from five values of t0](trade_off_pictures.png)",
+        "",
+        f"{made['guides']} stroke paintings of held-out EuroSAT photographs, one result each ({made['seeds']}), edited by "
+        f"`{made['model']['name']}` ({made['model']['sha256'][:12]}) on `{made['backend']}`; t0 0.5, 30 `ancestral` steps, "
+        f"K = 1 and 6 colours where nothing else is said. KID: to all {made['real']} held-out photographs (those that the "
+        f"strokes were painted from are among them), {kid['subsets']} subsets of {kid['subset_size']}, ± the standard "
+        f"error that `sdedit.kid` defines; features of `{made['features']['name']}` ({made['features']['sha256'][:12]}, "
+        f"{made['features']['input']}). L2: √Σ of squared differences to the guide in [0, 1], mean over guides. "
+        "KIDs of 64×64 photographs enlarged to 299 pixels compare with each other, not with those of other data.",
+        "",
+        "Written by `benchmarks/trade_off.py` from `trade_off.json`.",
+        "",
+    )
+    yield from ("## What agrees with the paper", "")
+    for claim in _claims(report):
+        yield f"- {claim}"
+    yield from ("", "## Figures", "")
+    yield from _table(report.get("t0", []), "t0", "t0")
+    yield from _table(report.get("colors", []), "colors", "colours")
+    yield from _table(report.get("repeats", []), "repeats", "K")
+    yield from _samplers(report)
+    yield from _masked(report["masked"])
+    yield from _bound(report["bound"])
+
+
+def _table(rows: Rows, x: str, title: str) -> Iterator[str]:
+    yield from (f"| {title} | KID | L2 |", "| ---: | ---: | ---: |")
+    for row in rows:
+        yield f"| {row[x]} | {_pm(row, 'kid', 4)} | {_pm(row, 'l2', 2)} |"
+    yield ""
+
+
+def _samplers(report: Report) -> Iterator[str]:
+    yield from ("| N | `em` | `ancestral` | `em` − `ancestral`, paired |", "| ---: | ---: | ---: | ---: |")
+    found = {(row["sampler"], row["steps"]): row for row in report.get("samplers", [])}
+    paired = {row["one"]["steps"]: row for row in report.get("differences", [])}
+    for steps in sorted({steps for _, steps in found}):
+        cells = [_pm(row, "kid", 4) if row else "" for row in (
+            found.get(("em", steps)), found.get(("ancestral", steps)), paired.get(steps)
+        )]  # fmt: skip
+        yield f"| {steps} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _masked(found: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"Masked edits ({found['photographs']} photographs, an ellipse of strokes in each): the largest L2 outside the "
+        f"mask is {found['l2_outside_max']:g}; inside it is {found['l2_inside_mean']:.2f} in the mean."
+    )
+    yield ""
+
+
+def _bound(rows: Rows) -> Iterator[str]:
+    first = rows[0]
+    yield from (
+        f"Proposition 1 bounds ‖guide − result‖² with probability {1 - first['delta']:g} if ‖score‖² ≤ C. For values in "
+        f"[-1, 1], over {first['guides']} guides, with C the largest ‖score‖² that these edits met (their last step's: a "
+        "sharp picture's score grows as 1/σ²), and with C = 0, its noise alone. Its proof bounds x(t0) − x(0), not "
+        "guide − x(0), and drops the cross term of noise and drift: an order of magnitude, not a guarantee.",
+        "",
+        "| t0 | σ(t0) | measured, mean | measured, largest | bound | bound, C = 0 |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    )
+    for row in rows:
+        values = (row["measured_mean"], row["measured_max"], row["bound"], row["bound_of_noise"])
+        yield f"| {row['t0']} | {row['sigma']:.3g} | {' | '.join(f'{value:.3g}' for value in values)} |"
+
+
+def _claims(report: Report) -> Iterator[str]:
+    """What the paper says, beside what was found."""
+    t0s = [row for row in report.get("t0", []) if row["t0"] < 1]
+    if len(t0s) > 2:
+        best = min(t0s, key=lambda row: row["kid"])
+        rising = all(one["l2"] < other["l2"] for one, other in zip(t0s, t0s[1:], strict=False))
+        yield (
+            f"L2 {'rises' if rising else 'does **not** rise'} with every t0 (paper: rises): {t0s[0]['l2']:.1f} at "
+            f"{t0s[0]['t0']} to {t0s[-1]['l2']:.1f} at {t0s[-1]['t0']}."
+        )
+        falling = best is t0s[-1]
+        rest = "as in the paper" if falling else "and rises again after it, which the paper's does **not**"
+        yield (
+            f"KID falls from {_pm(t0s[0], 'kid', 3)} at t0 = {t0s[0]['t0']} to {_pm(best, 'kid', 3)} at "
+            f"{best['t0']}, {rest}; the guides themselves have {_pm(_guide(report, 6), 'kid', 3)}."
+        )
+    colors = report.get("colors", [])
+    if len(colors) > 2:
+        falling = all(one["kid"] > other["kid"] for one, other in zip(colors, colors[1:], strict=False))
+        ratio = colors[0]["kid"] / colors[-1]["kid"]
+        wanted = PAPER_COLORS[colors[0]["colors"]] / PAPER_COLORS[colors[-1]["colors"]]
+        yield (
+            f"KID {'falls' if falling else 'does **not** fall'} with every step from {colors[0]['colors']} to "
+            f"{colors[-1]['colors']} colours (paper: falls), by a factor of {ratio:.2f} (paper: {wanted:.2f})."
+        )
+    passes = report.get("repeats", [])
+    if len(passes) > 1:
+        said = ", ".join(f"{_pm(row, 'kid', 3)} at K = {row['repeats']}" for row in passes)
+        yield f"More passes trade the same way as a larger t0: KID {said}; L2 {passes[0]['l2']:.1f} to {passes[-1]['l2']:.1f}."
+    surely = [row for row in report.get("differences", []) if abs(row["kid"]) > 2 * row["kid_se"]]
+    for row in surely:
+        better = "worse" if row["kid"] > 0 else "better"
+        yield f"At N = {row['one']['steps']} `em` is {better} than `ancestral` by {_pm(row, 'kid', 4)}: more than twice its error."
+
+
+def _pm(row: Mapping[str, Any], name: str, digits: int) -> str:
+    return f"{row[name]:.{digits}f} ± {row[f'{name}_se']:.{digits}f}"

@@ -1,0 +1,181 @@
+"""`sdedit evaluate`: folders of results in, how real and how faithful they are out; and the same asked of people."""
+
+import argparse
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from sdedit.cli.arguments import add_json, convention
+from sdedit.cli.exits import OK
+from sdedit.cli.terminal import ProgressBar, print_json, say
+from sdedit.errors import OptionError
+
+if TYPE_CHECKING:
+    from sdedit.evaluation import Inputs
+    from sdedit.features import DistanceNetwork, FeatureNetwork
+
+HELP = "measure folders of results: KID, L2, LPIPS, what changed outside masks; or ask people"
+SUFFIXES = (".html", ".md", ".csv", ".json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--guides", metavar="DIR", help="the guides; all other pictures are paired with them by name")
+    parser.add_argument(
+        "--methods", nargs="+", default=[], metavar="DIR", help="results of each method, one folder each"
+    )
+    parser.add_argument("--real", metavar="DIR", help="real pictures, for KID")
+    parser.add_argument("--masks", metavar="DIR", help="masks of the guides' names: white was repainted")
+    parser.add_argument(
+        "--features", metavar="FILE", help="feature network for KID: TorchScript or ONNX, (N, 3, H, W) to (N, F)"
+    )
+    parser.add_argument(
+        "--feature-input",
+        type=convention,
+        metavar="SIZE:LOW:HIGH",
+        help="what it is fed: pixels a side (or own), and what 0 and 255 become "
+        "(default 299:-1:0.9921875, as FID's Inception)",
+    )
+    parser.add_argument(
+        "--lpips", metavar="FILE", help="LPIPS network: TorchScript or ONNX, two (N, 3, H, W) in [-1, 1] to (N,)"
+    )
+    parser.add_argument("--subset-size", type=int, metavar="N", help="pictures of each side in a subset (default 100)")
+    parser.add_argument("--subsets", type=int, metavar="N", help="subsets that KID is the mean of (default 100)")
+    parser.add_argument(
+        "--pairs",
+        nargs=2,
+        metavar=("A", "B"),
+        help="write a page that shows results of A and B side by side, unnamed, and asks which is more real; "
+        "with --guides also which follows the guide better",
+    )
+    parser.add_argument("--count", type=int, metavar="N", help="of how many guides a page shows pairs (default 50)")
+    parser.add_argument("--answers", nargs="+", metavar="FILE.json", help="read answers that were saved from a page")
+    parser.add_argument("--seed", type=int, help="of KID's subsets, or of the pairs and their sides (default 0)")
+    parser.add_argument("-o", "--output", metavar="REPORT", help="write .html (with pictures), .md, .csv or .json")
+    parser.add_argument("--force", action="store_true", help="replace an existing report")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sdedit.cli import evaluate_pairs
+
+    if arguments.answers is not None:
+        return evaluate_pairs.read_answers(arguments)
+    if arguments.pairs is not None:
+        return evaluate_pairs.write_page(arguments)
+    return measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Raises OptionError for what is missing before any picture is read."""
+    import json
+
+    from sdedit.cli import evaluation_report
+    from sdedit.evaluation import evaluate, open_inputs
+
+    if arguments.guides is None:
+        raise OptionError("no --guides", hint="sdedit evaluate --guides DIR --methods DIR … (or --pairs, --answers)")
+    if arguments.features is not None and arguments.real is None:
+        raise OptionError("--features without --real", hint="KID compares with real pictures: name their folder")
+    if arguments.feature_input is not None and arguments.features is None:
+        raise OptionError("--feature-input without --features", hint="name the feature network too")
+    if arguments.count is not None:
+        raise OptionError("--count without --pairs", hint="all pictures are measured")
+    target = checked_output(arguments, SUFFIXES)
+    inputs = open_inputs(arguments.guides, arguments.methods, real=arguments.real, masks=arguments.masks)
+    features, lpips = open_networks(arguments)
+    if features is None:
+        say("without --features there is no KID: L2 only" + (" and LPIPS" if lpips else ""))
+    given = {name: getattr(arguments, name) for name in ("subset_size", "subsets", "seed")}
+    chosen = {"subset_size": 100, "subsets": 100, "seed": 0} | {k: v for k, v in given.items() if v is not None}
+    bar = ProgressBar("pictures")
+    try:
+        rows = evaluate(inputs, features=features, lpips=lpips, on_pictures=bar.update, **chosen)
+    finally:
+        bar.close()
+    report = evaluation_report.as_report(conditions(inputs, features, lpips, chosen), rows)
+    if target is not None:
+        match target.suffix:
+            case ".html":
+                text = evaluation_report.as_html(report, inputs)
+            case ".md":
+                text = evaluation_report.as_markdown(report)
+            case ".csv":
+                text = evaluation_report.as_csv(report)
+            case _:
+                text = json.dumps(report, indent=2) + "\n"
+        write_text(target, text)
+    if arguments.json:
+        print_json(report)
+    else:
+        print(evaluation_report.as_markdown(report), end="")
+    return OK
+
+
+def open_networks(arguments: argparse.Namespace) -> "tuple[FeatureNetwork | None, DistanceNetwork | None]":
+    """ONNX by the engine, TorchScript by export, which needs torch. Raises ArtifactError, BackendUnavailable."""
+    from sdedit import features as onnx
+
+    features = lpips = None
+    if arguments.features is not None:
+        opener = onnx.open_features if arguments.features.endswith(".onnx") else _with_torch().open_features
+        features = opener(arguments.features, arguments.feature_input)
+    if arguments.lpips is not None:
+        opener = onnx.open_lpips if arguments.lpips.endswith(".onnx") else _with_torch().open_lpips
+        lpips = opener(arguments.lpips)
+    return features, lpips
+
+
+def _with_torch() -> Any:
+    from sdedit.errors import BackendUnavailable
+
+    try:
+        from sdedit.export import features
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"TorchScript needs torch, which cannot be imported: {error}",
+            hint="pip install 'sdedit-engine[export]', or name an .onnx file",
+        ) from error
+    return features
+
+
+def conditions(
+    inputs: "Inputs",
+    features: "FeatureNetwork | None",
+    lpips: "DistanceNetwork | None",
+    chosen: dict[str, int],
+) -> dict[str, Any]:
+    """What the numbers depend on."""
+    import sdedit
+
+    return {
+        "guides": len(inputs.guides),
+        "real": None if inputs.real is None else len(inputs.real),
+        "masks": inputs.masks is not None,
+        "size": list(inputs.size),
+        "features": features
+        and {"name": features.name, "sha256": features.sha256, "input": str(features.convention), **chosen},
+        "lpips": lpips and {"name": lpips.name, "sha256": lpips.sha256},
+        "sdedit-engine": sdedit.__version__,
+    }
+
+
+def checked_output(arguments: argparse.Namespace, suffixes: tuple[str, ...]) -> Path | None:
+    """Where the report goes. Raises OptionError, OutputError."""
+    from sdedit import output
+
+    if arguments.output is None:
+        return None
+    target = Path(arguments.output)
+    if target.suffix not in suffixes:
+        raise OptionError(f"{target}: wanted a name in {', '.join(suffixes)}", hint=f"-o report{suffixes[0]}")
+    inputs = [arguments.features, arguments.lpips, *(arguments.answers or ())]
+    output.check([target], force=arguments.force, inputs=[Path(path) for path in inputs if path is not None])
+    return target
+
+
+def write_text(target: Path, text: str) -> None:
+    from sdedit import output
+
+    def write(file: IO[bytes]) -> None:
+        file.write(text.encode())
+
+    output.write_all([(target, write)])
