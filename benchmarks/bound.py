@@ -4,12 +4,11 @@ If ‖s(x, t)‖² ≤ C for all x and t, then with probability 1 − δ
 
     ‖g − SDEdit(g; t0)‖² ≤ σ²(t0)·(C·σ²(t0) + d + 2√(−d·ln δ) − 2·ln δ),   d the number of values of g.
 
-C is not known. Here it is the largest ‖s‖² = ‖(D − x)/σ²‖² that these edits meet. The proof bounds ‖x(t0) − x(0)‖, not
-‖g − x(0)‖, and adds the squares of the noise and of the drift without their cross term: read it as an order of magnitude.
+C is not known. Here it is the largest ‖s‖² = ‖(D − x)/σ²‖² that these edits meet. The proof bounds ‖x(t0) − x(0)‖,
+not ‖g − x(0)‖, and adds the squares of noise and drift without their cross term: read it as an order of magnitude.
 """
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,11 @@ COUNT = 20  # guides
 DELTA = 0.05
 
 
-def measure(cache: Cache, guides: Guides, settings: Sequence[Setting]) -> list[dict[str, Any]]:
-    """For each setting's t0 the bound and the largest ‖g − x‖² of COUNT guides, for values in [-1, 1]."""
-    path = cache.folder / "bound.json"
+def measure(cache: Cache, guides: Guides, setting: Setting) -> dict[str, Any]:
+    """The bound and the ‖g − x‖² of COUNT guides, for values in [-1, 1]; from the cache where it is there."""
+    path = cache.folder / f"bound-{setting.name}-{COUNT}.json"
     if path.exists():
-        return list(json.loads(path.read_text()))
-    found = [_measured(cache, guides, setting) for setting in settings]
-    path.write_text(json.dumps(found))
-    return found
-
-
-def _measured(cache: Cache, guides: Guides, setting: Setting) -> dict[str, Any]:
+        return dict(json.loads(path.read_text()))
     editor = sdedit.load(cache.model, backend="ort-cpu", threads=1)
     guide = np.float32(guides.painted(setting.colors)[:COUNT].transpose(0, 3, 1, 2) / 127.5 - 1)
     table = sdedit.plan(editor.sde, t0=setting.t0, steps=setting.steps, sampler=setting.sampler)
@@ -49,7 +42,7 @@ def _measured(cache: Cache, guides: Guides, setting: Setting) -> dict[str, Any]:
     change = ((guide - x) ** 2).sum(axis=(1, 2, 3), dtype=np.float64)
     sigma, d, c = float(table.column("sigma")[0]), guide[0].size, max(scores)
     noise_term = d + 2 * np.sqrt(-d * np.log(DELTA)) - 2 * np.log(DELTA)
-    return {
+    found = {
         "t0": setting.t0,
         "steps": setting.steps,
         "guides": len(guide),
@@ -61,3 +54,5 @@ def _measured(cache: Cache, guides: Guides, setting: Setting) -> dict[str, Any]:
         "measured_mean": float(change.mean()),
         "measured_max": float(change.max()),
     }
+    path.write_text(json.dumps(found))
+    return found

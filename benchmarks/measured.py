@@ -27,7 +27,9 @@ class Features:
 
     @cached_property
     def _network(self) -> "sdedit.FeatureNetwork":
-        from sdedit.export.features import open_features  # torch, only where rows are missing
+        if self.path.suffix == ".onnx":
+            return sdedit.open_features(self.path)
+        from sdedit.export.features import open_features  # torch
 
         return open_features(self.path)
 

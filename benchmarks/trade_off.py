@@ -97,9 +97,9 @@ def measure(study: Study, *, only_kept: bool) -> Iterator[dict[str, Any]]:
     def at_hand(setting: Setting) -> bool:
         return not only_kept or not study.cache.missing(setting, study.guides)
 
-    report["guide"] = [study.guide_row(colors) for colors in COLORS]
     report["masked"] = masked.measure(study.cache, study.guides, BASE)
-    report["bound"] = bound.measure(study.cache, study.guides, parts()["t0"])
+    report["bound"] = [bound.measure(study.cache, study.guides, setting) for setting in parts()["t0"]]
+    report["guide"] = [study.guide_row(colors) for colors in COLORS]
     for name, settings in parts().items():
         report[name] = []
         for setting in settings:

@@ -1,6 +1,7 @@
 """The trade-off as a figure, tables and sentences, all from trade_off.json."""
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,13 +110,14 @@ def text(report: Report) -> Iterator[str]:
         "",
         "![Strokes edited from five values of t0](trade_off_pictures.png)",
         "",
-        f"{made['guides']} stroke paintings of held-out EuroSAT photographs, one result each ({made['seeds']}), edited by "
-        f"`{made['model']['name']}` ({made['model']['sha256'][:12]}) on `{made['backend']}`; t0 0.5, 30 `ancestral` steps, "
-        f"K = 1 and 6 colours where nothing else is said. KID: to all {made['real']} held-out photographs (those that the "
-        f"strokes were painted from are among them), {kid['subsets']} subsets of {kid['subset_size']}, ± the standard "
-        f"error that `sdedit.kid` defines; features of `{made['features']['name']}` ({made['features']['sha256'][:12]}, "
-        f"{made['features']['input']}). L2: √Σ of squared differences to the guide in [0, 1], mean over guides. "
-        "KIDs of 64×64 photographs enlarged to 299 pixels compare with each other, not with those of other data.",
+        f"{made['guides']} stroke paintings of held-out EuroSAT photographs, one result each ({made['seeds']}), edited "
+        f"by `{made['model']['name']}` ({made['model']['sha256'][:12]}) on `{made['backend']}`; t0 0.5, 30 `ancestral` "
+        f"steps, K = 1 and 6 colours where nothing else is said. KID: to all {made['real']} held-out photographs "
+        f"(those that the strokes were painted from are among them), {kid['subsets']} subsets of {kid['subset_size']}, ± the "
+        f"standard error that `sdedit.kid` defines; features of `{made['features']['name']}` "
+        f"({made['features']['sha256'][:12]}, {made['features']['input']}). L2: √Σ of squared differences to the guide "
+        "in [0, 1], mean over guides. KIDs of 64×64 photographs enlarged to 299 pixels compare with each other, not "
+        "with those of other data.",
         "",
         "Written by `benchmarks/trade_off.py` from `trade_off.json`.",
         "",
@@ -162,10 +164,11 @@ def _masked(found: Mapping[str, Any]) -> Iterator[str]:
 def _bound(rows: Rows) -> Iterator[str]:
     first = rows[0]
     yield from (
-        f"Proposition 1 bounds ‖guide − result‖² with probability {1 - first['delta']:g} if ‖score‖² ≤ C. For values in "
-        f"[-1, 1], over {first['guides']} guides, with C the largest ‖score‖² that these edits met (their last step's: a "
-        "sharp picture's score grows as 1/σ²), and with C = 0, its noise alone. Its proof bounds x(t0) − x(0), not "
-        "guide − x(0), and drops the cross term of noise and drift: an order of magnitude, not a guarantee.",
+        f"Proposition 1 bounds ‖guide − result‖² with probability {1 - first['delta']:g} if ‖score‖² ≤ C. For values "
+        f"in [-1, 1], over {first['guides']} guides, with C the largest ‖score‖² that these edits met (their last "
+        "step's: a sharp picture's score grows as 1/σ²), and with C = 0, its noise alone. Its proof bounds "
+        "x(t0) − x(0), not guide − x(0), and drops the cross term of noise and drift: an order of magnitude, not a "
+        "guarantee.",
         "",
         "| t0 | σ(t0) | measured, mean | measured, largest | bound | bound, C = 0 |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -180,7 +183,7 @@ def _claims(report: Report) -> Iterator[str]:
     t0s = [row for row in report.get("t0", []) if row["t0"] < 1]
     if len(t0s) > 2:
         best = min(t0s, key=lambda row: row["kid"])
-        rising = all(one["l2"] < other["l2"] for one, other in zip(t0s, t0s[1:], strict=False))
+        rising = all(one["l2"] < other["l2"] for one, other in pairwise(t0s))
         yield (
             f"L2 {'rises' if rising else 'does **not** rise'} with every t0 (paper: rises): {t0s[0]['l2']:.1f} at "
             f"{t0s[0]['t0']} to {t0s[-1]['l2']:.1f} at {t0s[-1]['t0']}."
@@ -193,7 +196,7 @@ def _claims(report: Report) -> Iterator[str]:
         )
     colors = report.get("colors", [])
     if len(colors) > 2:
-        falling = all(one["kid"] > other["kid"] for one, other in zip(colors, colors[1:], strict=False))
+        falling = all(one["kid"] > other["kid"] for one, other in pairwise(colors))
         ratio = colors[0]["kid"] / colors[-1]["kid"]
         wanted = PAPER_COLORS[colors[0]["colors"]] / PAPER_COLORS[colors[-1]["colors"]]
         yield (
@@ -203,11 +206,13 @@ def _claims(report: Report) -> Iterator[str]:
     passes = report.get("repeats", [])
     if len(passes) > 1:
         said = ", ".join(f"{_pm(row, 'kid', 3)} at K = {row['repeats']}" for row in passes)
-        yield f"More passes trade the same way as a larger t0: KID {said}; L2 {passes[0]['l2']:.1f} to {passes[-1]['l2']:.1f}."
+        l2s = f"{passes[0]['l2']:.1f} to {passes[-1]['l2']:.1f}"
+        yield f"More passes: KID {said}; L2 {l2s}."
     surely = [row for row in report.get("differences", []) if abs(row["kid"]) > 2 * row["kid_se"]]
     for row in surely:
         better = "worse" if row["kid"] > 0 else "better"
-        yield f"At N = {row['one']['steps']} `em` is {better} than `ancestral` by {_pm(row, 'kid', 4)}: more than twice its error."
+        steps = row["one"]["steps"]
+        yield f"At N = {steps} `em` is {better} than `ancestral` by {_pm(row, 'kid', 4)}, more than twice its error."
 
 
 def _pm(row: Mapping[str, Any], name: str, digits: int) -> str:
