@@ -113,8 +113,8 @@ def text(report: Report) -> Iterator[str]:
         f"{made['guides']} stroke paintings of held-out EuroSAT photographs, one result each ({made['seeds']}), edited "
         f"by `{made['model']['name']}` ({made['model']['sha256'][:12]}) on `{made['backend']}`; t0 0.5, 30 `ancestral` "
         f"steps, K = 1 and 6 colours where nothing else is said. KID: to all {made['real']} held-out photographs "
-        f"(those that the strokes were painted from are among them), {kid['subsets']} subsets of {kid['subset_size']}, ± the "
-        f"standard error that `sdedit.kid` defines; features of `{made['features']['name']}` "
+        f"(those that the strokes were painted from are among them), {kid['subsets']} subsets of {kid['subset_size']}, "
+        f"± the standard error that `sdedit.kid` defines; features of `{made['features']['name']}` "
         f"({made['features']['sha256'][:12]}, {made['features']['input']}). L2: √Σ of squared differences to the guide "
         "in [0, 1], mean over guides. KIDs of 64×64 photographs enlarged to 299 pixels compare with each other, not "
         "with those of other data.",

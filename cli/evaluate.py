@@ -83,7 +83,7 @@ def measure(arguments: argparse.Namespace) -> int:
     inputs = open_inputs(arguments.guides, arguments.methods, real=arguments.real, masks=arguments.masks)
     features, lpips = open_networks(arguments)
     if features is None:
-        say("without --features there is no KID: L2 only" + (" and LPIPS" if lpips else ""))
+        say(f"without --features there is no KID: {'L2 and LPIPS' if lpips else 'L2'} only")
     given = {name: getattr(arguments, name) for name in ("subset_size", "subsets", "seed")}
     chosen = {"subset_size": 100, "subsets": 100, "seed": 0} | {k: v for k, v in given.items() if v is not None}
     bar = ProgressBar("pictures")
