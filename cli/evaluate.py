@@ -69,6 +69,7 @@ def measure(arguments: argparse.Namespace) -> int:
     import json
 
     from sdedit.cli import evaluation_report
+    from sdedit.cli.networks import open_features, open_lpips
     from sdedit.evaluation import evaluate, open_inputs
 
     if arguments.guides is None:
@@ -81,7 +82,8 @@ def measure(arguments: argparse.Namespace) -> int:
         raise OptionError("--count without --pairs", hint="all pictures are measured")
     target = checked_output(arguments, SUFFIXES)
     inputs = open_inputs(arguments.guides, arguments.methods, real=arguments.real, masks=arguments.masks)
-    features, lpips = open_networks(arguments)
+    features = None if arguments.features is None else open_features(arguments.features, arguments.feature_input)
+    lpips = None if arguments.lpips is None else open_lpips(arguments.lpips)
     if features is None:
         say(f"without --features there is no KID: {'L2 and LPIPS' if lpips else 'L2'} only")
     given = {name: getattr(arguments, name) for name in ("subset_size", "subsets", "seed")}
@@ -108,33 +110,6 @@ def measure(arguments: argparse.Namespace) -> int:
     else:
         print(evaluation_report.as_markdown(report), end="")
     return OK
-
-
-def open_networks(arguments: argparse.Namespace) -> "tuple[FeatureNetwork | None, DistanceNetwork | None]":
-    """ONNX by the engine, TorchScript by export, which needs torch. Raises ArtifactError, BackendUnavailable."""
-    from sdedit import features as onnx
-
-    features = lpips = None
-    if arguments.features is not None:
-        opener = onnx.open_features if arguments.features.endswith(".onnx") else _with_torch().open_features
-        features = opener(arguments.features, arguments.feature_input)
-    if arguments.lpips is not None:
-        opener = onnx.open_lpips if arguments.lpips.endswith(".onnx") else _with_torch().open_lpips
-        lpips = opener(arguments.lpips)
-    return features, lpips
-
-
-def _with_torch() -> Any:
-    from sdedit.errors import BackendUnavailable
-
-    try:
-        from sdedit.export import features
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"TorchScript needs torch, which cannot be imported: {error}",
-            hint="pip install 'sdedit-engine[export]', or name an .onnx file",
-        ) from error
-    return features
 
 
 def conditions(

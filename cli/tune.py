@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from sdedit.cli.arguments import add_json, add_model, add_running, add_steps, condition, positive
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import ProgressBar, print_json, say
-from sdedit.errors import BackendUnavailable, OptionError
+from sdedit.errors import OptionError
 
 if TYPE_CHECKING:
     from sdedit.editor import Editor
-    from sdedit.features import FeatureNetwork
     from sdedit.output import Writer
     from sdedit.tuning import Found, Trial, Tuner
 
@@ -204,28 +203,13 @@ def compare_with(tuner: "Tuner", folder: Path, network: str, editor: "Editor") -
     import numpy as np
 
     from sdedit import image
+    from sdedit.cli.networks import open_features
     from sdedit.listing import pictures_of
 
-    features = open_network(network)
+    features = open_features(network)
     jobs = (editor.prepare(folder / name, tuner.options) for name in pictures_of(folder))
     rows = [features(image.to_pixels(job.x)[None])[0] for job in jobs]
     tuner.compare_with(features, np.stack(rows))
-
-
-def open_network(path: str) -> "FeatureNetwork":
-    """ONNX, or TorchScript where torch is installed. Raises ArtifactError, BackendUnavailable."""
-    from sdedit import features
-
-    if path.endswith(".onnx"):
-        return features.open_features(path)
-    try:
-        from sdedit.export.features import open_features
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"{path}: TorchScript needs torch: {error}", hint="pip install 'sdedit-engine[export]'"
-        ) from error
-    network: FeatureNetwork = open_features(path)
-    return network
 
 
 def by_eye(shown: Shown, target: Path) -> "Trial":

@@ -255,19 +255,28 @@ def load(
     """
     if threads is not None:
         threads = whole("threads", threads, 1, MOST_THREADS, hint="leave it out for all cores")
-    opened = open_model(model)
     if fast:
-        from sdedit.fastest import open_fastest
-
-        if not isinstance(opened, artifacts.Artifact):
-            raise OptionError(
-                f"{opened.path}: a plan is one execution, there is no faster one to choose", hint="leave fast out"
-            )
-        if provider_options:
-            raise OptionError("the fastest execution is looked for without provider options", hint="leave one out")
-        return Editor(*open_fastest(opened, backend=backend, precision=precision, threads=threads))
+        return _load_fastest(model, backend, precision, threads, provider_options)
+    opened = open_model(model)
     artifact = opened if isinstance(opened, artifacts.Artifact) else opened.artifact
     return Editor(artifact, open_backend(backend, opened, threads, provider_options, precision))
+
+
+def _load_fastest(
+    model: str | Path | None,
+    backend: str,
+    precision: str | None,
+    threads: int | None,
+    provider_options: Mapping[str, str] | None,
+) -> Editor:
+    from sdedit.fastest import open_fastest
+
+    path = artifacts.BUNDLED if model is None else Path(model)
+    if path.suffix == ".plan":
+        raise OptionError(f"{path}: a plan is one execution, there is no faster one to choose", hint="leave fast out")
+    if provider_options:
+        raise OptionError("the fastest execution is looked for without provider options", hint="leave one out")
+    return Editor(*open_fastest(artifacts.read(path), backend=backend, precision=precision, threads=threads))
 
 
 def open_model(model: str | Path | None) -> "artifacts.Artifact | Plan":
