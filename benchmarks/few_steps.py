@@ -119,17 +119,19 @@ def make(cache: Cache, guides: Guides, features: FeatureCache) -> None:
 
 def report(cache: Cache, guides: Guides, features: FeatureCache) -> dict[str, Any]:
     """The figures of every setting that is finished, and what they were made with."""
-    pictures = {one: results(cache, one, guides) for one in settings() if not cache.missing(one, guides)}
-    done = [one for one in pictures if features.has(pictures[one])]
+    made = [one for one in settings() if not cache.missing(one, guides)]
+    done = [one for one in made if features.has(results(cache, one, guides))]
     if REFERENCE not in done:
         raise sdedit.OptionError(
             f"{REFERENCE.name} is not finished: there is nothing to compare with", hint="leave --report out to make it"
         )
-    real, reference, painted = features(guides.held_out), features(pictures[REFERENCE]), guides.painted()
+    real, painted = features(guides.held_out), guides.painted()
+    reference = features(results(cache, REFERENCE, guides))
     rows = []
     for setting in done:
-        distances = sdedit.l2(painted, pictures[setting])
-        rows.append(asdict(setting) | measure(features(pictures[setting]), reference, real, distances))
+        pictures = results(cache, setting, guides)
+        distances = sdedit.l2(painted, pictures)
+        rows.append(asdict(setting) | measure(features(pictures), reference, real, distances))
         say(rows[-1])
     return {
         "conditions": {
@@ -179,8 +181,14 @@ def main() -> None:
     study = report(cache, guides, features)
     (arguments.output / "few_steps.json").write_text(json.dumps(study, indent=1) + "\n")
     draw(study, arguments.output / "few_steps.png")
-    print(f"{study['done']} of {study['of']} settings", file=sys.stderr)
+    print(
+        f"{study['done']} of {study['of']} settings; *: at most {MOST_EVALUATIONS} evaluations, and KID at most two "
+        "paired standard errors over em-500's"
+    )
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except sdedit.SdeditError as error:
+        sys.exit(f"error: {error}\nhint: {error.hint}")

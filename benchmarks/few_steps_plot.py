@@ -10,9 +10,11 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
+import sdedit
+
 Row = dict[str, Any]
 
-COLORS = {"em": "0.55", "ancestral": "tab:blue", "ddim": "tab:orange", "dpmpp-2m-sde": "tab:green", "er-sde": "tab:red"}
+COLORS = dict(zip(sdedit.SAMPLERS, ("0.55", "tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
 TITLES = {"uniform": "uniform in t", "log-sigma": "uniform in log σ", "karras": "Karras (ρ = 7)"}
 MEASURES = {
     "kid": ("KID to photographs ×10³", 1e3),

@@ -109,6 +109,10 @@ class Cache:
     model: Path | None = None
     workers: int = 1
 
+    @cached_property
+    def _editor(self) -> sdedit.Editor:
+        return sdedit.load(self.model, backend="ort-cpu", threads=1)
+
     def chunk(self, setting: Setting, number: int) -> Path:
         """The file of guides 20·number to 20·number + 19: uint8 (20, 64, 64, 3)."""
         return self.folder / setting.name / f"{number:03d}.npy"
@@ -119,17 +123,17 @@ class Cache:
 
     def claim(self, guides: Guides) -> dict[str, Any]:
         """What made the results in this cache, noted when it is new. Raises OptionError if it was something else."""
-        editor = sdedit.load(self.model, backend="ort-cpu", threads=1)
+        model, backend = self._editor.artifact, self._editor.backend
         identity = {
-            "model": {"name": editor.artifact.name, "sha256": editor.artifact.sha256},
+            "model": {"name": model.name, "sha256": model.sha256},
             "photos_sha256": hashlib.sha256(guides.held_out.tobytes()).hexdigest(),
         }
         path = self.folder / MADE_BY
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             ours = {"sdedit-engine": sdedit.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
-            versions = ours | dict(editor.backend.versions)
-            made_by = identity | {"backend": editor.backend.name, "batch": CHUNK, "versions": versions}
+            versions = ours | dict(backend.versions)
+            made_by = identity | {"backend": backend.name, "batch": CHUNK, "versions": versions}
             _replace(path, json.dumps(made_by, indent=2).encode())
         made_by = json.loads(path.read_text())
         for name, value in identity.items():

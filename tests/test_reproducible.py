@@ -121,8 +121,10 @@ def test_guides_of_different_sizes_share_an_edit(editor, picture):
 
 def test_a_result_carries_the_options_as_resolved(editor, picture):
     result = editor.edit(picture(WIDTH, HEIGHT), steps=3, sampler="ddim", seed=9)
-    assert result.options == sdedit.EditOptions(t0=0.5, steps=3, sampler="ddim", eta=0.0, seed=9)
-    assert editor.edit(picture(WIDTH, HEIGHT)).options == sdedit.EditOptions(t0=0.5, steps=50, sampler="ancestral")
+    assert result.options == sdedit.EditOptions(t0=0.5, steps=3, sampler="ddim", eta=0.0, spacing="uniform", seed=9)
+    assert editor.edit(picture(WIDTH, HEIGHT)).options == sdedit.EditOptions(
+        t0=0.5, steps=50, sampler="ancestral", spacing="uniform"
+    )
 
 
 @pytest.mark.parametrize(("samples", "batch", "calls"), [(1, 1, 6), (5, 1, 30), (5, 3, 12)])
