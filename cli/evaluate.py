@@ -126,6 +126,7 @@ def conditions(
         "real": None if inputs.real is None else len(inputs.real),
         "masks": inputs.masks is not None,
         "size": list(inputs.size),
+        "guide_size": list(inputs.guides.size),
         "features": features
         and {"name": features.name, "sha256": features.sha256, "input": str(features.convention), **chosen},
         "lpips": lpips and {"name": lpips.name, "sha256": lpips.sha256},

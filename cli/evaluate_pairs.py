@@ -19,7 +19,7 @@ def write_page(arguments: argparse.Namespace) -> int:
     from sdedit.cli.pairs_page import pairs_page
     from sdedit.noise import checked_seed
     from sdedit.opinions import QUESTIONS, trials
-    from sdedit.pairing import open_folder, require_pairs, size_of
+    from sdedit.pairing import open_folder, require_pairs, require_size
 
     _refuse_measures(arguments, "--pairs")
     if arguments.output is None:
@@ -32,12 +32,13 @@ def write_page(arguments: argparse.Namespace) -> int:
     a, b = (open_folder(Path(folder)) for folder in arguments.pairs)
     guides = None if arguments.guides is None else open_folder(Path(arguments.guides))
     require_pairs(a, b)
+    require_size(b, a.size)
     if guides is not None:
         require_pairs(guides, a)
     asked = [question for question in QUESTIONS if question == "realism" or guides is not None]
     drawn = trials(list(a.files), asked, count=count, seed=seed)
     study = {"a": str(a.folder), "b": str(b.folder), "seed": seed}
-    write_text(target, pairs_page(study, QUESTIONS, drawn, (a, b, guides), size_of(a)))
+    write_text(target, pairs_page(study, QUESTIONS, drawn, (a, b, guides), a.size))
     if arguments.json:
         print_json({"output": str(target), "pairs": min(count, len(a)), "questions": asked, "seed": seed})
     else:

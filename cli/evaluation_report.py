@@ -110,9 +110,10 @@ def _cell(name: str, found: Mapping[str, Any] | None) -> str:
 
 def _stated(conditions: Report) -> list[str]:
     """The conditions in words."""
-    size = conditions["size"]
+    own, size = ("{}×{}".format(*conditions[name]) for name in ("guide_size", "size"))
+    fitted = "" if own == size else f", fitted to the results' {size} by the centred crop"
     said = [
-        f"{conditions['guides']} guides of {size[0]}×{size[1]} pixels, paired by name; ± is a standard error",
+        f"{conditions['guides']} guides of {own} pixels{fitted}, paired by name; ± is a standard error",
         "L2: √Σ of squared differences to the guide, values in [0, 1], mean over guides",
     ]
     if features := conditions["features"]:

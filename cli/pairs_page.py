@@ -88,7 +88,7 @@ def pairs_page(
         key = id(folder), name
         if key not in numbers:
             numbers[key] = len(pictures)
-            pictures.append(data_url(folder.read([name], size)[0]))
+            pictures.append(data_url(folder.read([name], frame=size)[0]))
         return numbers[key]
 
     shown = []

@@ -11,7 +11,7 @@ from sdedit import metrics
 from sdedit.errors import OptionError
 from sdedit.features import DistanceNetwork, FeatureNetwork
 from sdedit.metrics import Kid
-from sdedit.pairing import PictureFolder, chunks, open_folder, require_pairs, size_of
+from sdedit.pairing import PictureFolder, chunks, open_folder, require_pairs, require_size
 
 CHUNK = 64  # pictures read at a time
 GUIDES = "guides"
@@ -49,7 +49,7 @@ class Inputs:
     methods: Mapping[str, PictureFolder]
     real: PictureFolder | None
     masks: PictureFolder | None
-    size: tuple[int, int]  # width, height of every picture
+    size: tuple[int, int]  # width, height of every picture; guides of another are fitted as the engine fits them
 
     @property
     def names(self) -> list[str]:
@@ -78,7 +78,11 @@ def open_inputs(
     for other in (*found.values(), *([] if opened_masks is None else [opened_masks])):
         require_pairs(opened, other)
     opened_real = None if real is None else open_folder(Path(real))
-    return Inputs(opened, found, opened_real, opened_masks, size_of(opened))
+    size = next((folder.size for folder in found.values()), opened.size)
+    for folder in (*found.values(), opened_real, opened_masks):
+        if folder is not None:
+            require_size(folder, size)
+    return Inputs(opened, found, opened_real, opened_masks, size)
 
 
 def evaluate(
@@ -105,7 +109,7 @@ def evaluate(
     plain = {label: _l2(inputs, folder) for label, folder in folders.items()}
     if inputs.real is not None:
         for names in chunks(list(inputs.real.files), CHUNK):
-            inputs.real.read(names, inputs.size)
+            inputs.real.read(names)
     total = len(folders) * len(inputs.guides) + (0 if inputs.real is None else len(inputs.real))
     seen = _Seen(total, on_pictures)
     rows = None if features is None or inputs.real is None else _features(inputs.real, inputs.size, features, seen)
@@ -134,7 +138,7 @@ class _Seen:
 def _l2(inputs: Inputs, folder: PictureFolder) -> tuple[Mean, Mean | None]:
     whole, outside = [], []
     for names in chunks(inputs.names, CHUNK):
-        pair = inputs.guides.read(names, inputs.size), folder.read(names, inputs.size)
+        pair = [one.read(names, frame=inputs.size) for one in (inputs.guides, folder)]
         whole.append(metrics.l2(*pair))
         if inputs.masks is not None:
             outside.append(metrics.l2(*pair, mask=_read_masks(inputs, names)))
@@ -144,7 +148,7 @@ def _l2(inputs: Inputs, folder: PictureFolder) -> tuple[Mean, Mean | None]:
 def _lpips(inputs: Inputs, folder: PictureFolder, distance: DistanceNetwork) -> tuple[Mean, Mean | None]:
     whole, kept = [], []
     for names in chunks(inputs.names, CHUNK):
-        pair = inputs.guides.read(names, inputs.size), folder.read(names, inputs.size)
+        pair = [one.read(names, frame=inputs.size) for one in (inputs.guides, folder)]
         whole.append(distance(*pair))
         if inputs.masks is not None:
             kept.append(distance(*pair, mask=_read_masks(inputs, names)))
@@ -154,14 +158,14 @@ def _lpips(inputs: Inputs, folder: PictureFolder, distance: DistanceNetwork) -> 
 def _features(folder: PictureFolder, size: tuple[int, int], network: FeatureNetwork, seen: _Seen) -> Rows:
     rows = []
     for names in chunks(list(folder.files), CHUNK):
-        rows.append(network(folder.read(names, size)))
+        rows.append(network(folder.read(names, frame=size)))
         seen.more(len(names))
     return np.concatenate(rows)
 
 
 def _read_masks(inputs: Inputs, names: Sequence[str]) -> NDArray[np.uint8]:
     assert inputs.masks is not None
-    return inputs.masks.read(names, inputs.size, masks=True)[..., 0]
+    return inputs.masks.read(names, masks=True)[..., 0]
 
 
 def _mean(parts: Sequence[NDArray[np.floating]]) -> Mean:

@@ -11,6 +11,8 @@ from sdedit.errors import ImageError
 from sdedit.image import Pixels
 from sdedit.listing import pictures_of
 
+Size = tuple[int, int]  # width, height
+
 NAMED = 3  # of the names that lack a partner, how many an error tells
 
 
@@ -20,22 +22,33 @@ class PictureFolder:
 
     folder: Path
     files: dict[str, Path]
+    size: tuple[int, int]  # width, height
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, names: Sequence[str], size: tuple[int, int], *, masks: bool = False) -> Pixels:
-        """(N, H, W, 3) uint8, or 1 for masks. size: the width and height each must have. Raises ImageError."""
+    def read(self, names: Sequence[str], *, frame: Size | None = None, masks: bool = False) -> Pixels:
+        """(N, H, W, 3) uint8, or 1 for masks. frame: width and height, where pictures of another size are fitted into
+        it as the engine fits guides, the centred crop. Raises ImageError, also where one has another size than others.
+        """
         made = []
         for name in names:
             picture = image.read(self.files[name], *((1, "mask") if masks else (3, "picture")))
-            if picture.size != size:
-                raise ImageError(
-                    f"{self.files[name]}: is {picture.size[0]}x{picture.size[1]}, others are {size[0]}x{size[1]}",
-                    hint="all pictures that are compared have one size: scale them first",
-                )
-            made.append(picture.pixels)
+            if picture.size != self.size:
+                raise other_size(self.files[name], picture.size, self.size)
+            if frame is None or frame == self.size:
+                made.append(picture.pixels)
+            else:
+                made.append(image.to_pixels(image.to_model(picture, image.place(picture, frame, "crop"))))
         return np.stack(made)
+
+
+def other_size(path: Path, found: Size, wanted: Size) -> ImageError:
+    """The error for a picture that cannot be compared."""
+    return ImageError(
+        f"{path}: is {found[0]}x{found[1]}, others are {wanted[0]}x{wanted[1]}",
+        hint="all pictures that are compared have one size: scale them first",
+    )
 
 
 def open_folder(folder: Path) -> PictureFolder:
@@ -50,12 +63,14 @@ def open_folder(folder: Path) -> PictureFolder:
                 f"{folder}: {files[name].name} and {Path(path).name} have one name", hint="rename or remove one of them"
             )
         files[name] = folder / path
-    return PictureFolder(folder, dict(sorted(files.items())))
+    first = min(files)
+    return PictureFolder(folder, dict(sorted(files.items())), image.read(files[first], 3, "picture").size)
 
 
-def size_of(folder: PictureFolder) -> tuple[int, int]:
-    """Width and height of the first picture. Raises ImageError."""
-    return image.read(next(iter(folder.files.values())), 3, "picture").size
+def require_size(folder: PictureFolder, size: Size) -> None:
+    """Raise ImageError unless its pictures have this width and height."""
+    if folder.size != size:
+        raise other_size(next(iter(folder.files.values())), folder.size, size)
 
 
 def require_pairs(first: PictureFolder, other: PictureFolder) -> None:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 import sdedit
+from sdedit import image
 from sdedit.cli.main import main
 from sdedit.opinions import a_is_left, preference, trials
 
@@ -145,6 +146,15 @@ def test_our_own_masked_edits_change_nothing_outside(folders, network, tmp_path,
     assert report["methods"][1]["l2"]["value"] > 0
 
 
+def test_guides_of_another_size_are_compared_as_the_engine_fits_them(folders, fill, picture, editor, evaluate):
+    large = np.stack([picture(40, 20, seed) for seed in range(COUNT)])
+    jobs = [editor.prepare(one, sdedit.EditOptions().resolved({})) for one in large]
+    same = fill("same", np.stack([image.to_pixels(job.x) for job in jobs]))
+    report = evaluate("--guides", fill("large", large), "--methods", same, folders["brighter"])
+    assert (report["conditions"]["guide_size"], report["conditions"]["size"]) == ([40, 20], [12, 8])
+    assert [row["l2"]["value"] > 0 for row in report["methods"]] == [False, False, True]
+
+
 def test_the_report_states_the_networks_and_the_conditions(folders, features, lpips, evaluate):
     stated = evaluate(*everything(folders, features, lpips))["conditions"]
     assert (stated["guides"], stated["real"], stated["size"], stated["masks"]) == (COUNT, COUNT, [12, 8], True)
@@ -216,13 +226,16 @@ def test_folders_that_cannot_be_compared(folders, features, fill, pixels, tmp_pa
     kid = ["--real", folders["real"], "--features", features]
     few = fill("few", pixels[:-2])
     wide = fill("wide", pixels.transpose(0, 2, 1, 3))
+    mixed = fill("mixed", pixels)
+    Image.fromarray(pixels[0].transpose(1, 0, 2)).save(mixed / "02.png")
     refused = [
         ([*guides, "--methods", tmp_path / "none"], 1, "none: no such folder"),
         ([*guides, "--methods", tmp_path / "empty"], 1, "empty: no pictures in it"),
         ([*guides, "--methods", few], 1, "few: has no 10, sub/11, which "),
         (["--guides", few, "--methods", folders["brighter"]], 1, "few: has no 10, sub/11, which "),
         ([*guides, "--masks", few], 1, "few: has no 10, sub/11, which "),
-        ([*guides, "--methods", wide], 1, "is 8x12, others are 12x8"),
+        ([*guides, "--methods", folders["brighter"], wide], 1, "00.png: is 8x12, others are 12x8"),
+        (["--guides", mixed, "--methods", folders["brighter"]], 1, "02.png: is 8x12, others are 12x8"),
         ([*guides, "--real", wide], 1, "is 8x12, others are 12x8"),
         ([*guides, *kid], 2, "KID over subsets of 100 needs 100 pictures on each side; there are 12 and 12"),
         ([*guides, "--features", features], 2, "--features without --real"),
