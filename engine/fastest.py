@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import sdedit
-from sdedit import verify
+from sdedit import cpu, verify
 from sdedit.artifact import Artifact
 from sdedit.backends import AUTO_ORDER, BACKENDS, CPU, Backend, open_backend, precisions, probe
 from sdedit.backends.ort import usable_cores
@@ -223,22 +223,11 @@ def _identity(models: Sequence[Artifact], backend: str, precision: str | None, t
         "precision": precision,
         "threads": threads,
         "cores": usable_cores(),
-        "cpu": [sys.platform, platform.machine(), *_cpu()],
+        "cpu": [sys.platform, platform.machine(), *cpu.identity()],
         "gpu": _gpu(),
         "packages": {name: _version(name) for name in PACKAGES},
         "tolerances": verify.TOLERANCES,
     }
-
-
-def _cpu() -> list[str]:
-    """Which CPU this is and what it can do. Empty where the system has no file of it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
-    except OSError:
-        return [platform.processor()]
-    told = ("vendor_id", "cpu family", "model", "model name", "flags", "CPU implementer", "CPU part", "Features")
-    first = text.partition("\n\n")[0]  # all cores are alike
-    return [line for line in first.splitlines() if line.partition(":")[0].strip() in told]
 
 
 def _gpu() -> str | None:

@@ -97,7 +97,7 @@ def test_the_choice_is_looked_for_once_on_a_machine(folder, times, monkeypatch):
 
 CHANGES = {
     "threads": lambda patch, folder: {"threads": 1},
-    "another cpu": lambda patch, folder: patch.setattr(fastest, "_cpu", lambda: ["flags: none"]),
+    "another cpu": lambda patch, folder: patch.setattr(fastest.cpu, "identity", lambda: ["flags: none"]),
     "another version": lambda patch, folder: patch.setattr(fastest, "_version", lambda package: "99"),
     "fewer cores": lambda patch, folder: patch.setattr(fastest, "usable_cores", lambda: 99),
     "a companion went": lambda patch, folder: (folder / "wrong.onnx").unlink(),

@@ -93,7 +93,7 @@ def test_another_library_or_cpu_makes_its_own_entry(what, network, cache, opened
 
     edited(network)
     if what == "cpu":
-        monkeypatch.setattr(ort_cache, "_cpu", lambda: ["flags: fewer"])
+        monkeypatch.setattr(ort_cache.cpu, "identity", lambda: ["flags: fewer"])
     else:
         monkeypatch.setattr(onnxruntime, "__version__", "99.0")
     edited(network)

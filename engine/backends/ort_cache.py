@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sdedit import cpu
 from sdedit.artifact import Artifact
 from sdedit.cache_folder import cache_folder
 
@@ -74,19 +75,8 @@ def _identity(artifact: Artifact) -> dict[str, Any] | None:
         "format": FORMAT,
         "artifact": artifact.sha256,
         "onnxruntime": [onnxruntime.__version__, onnxruntime.get_build_info()],
-        "cpu": [sys.platform, platform.machine(), *_cpu()],
+        "cpu": [sys.platform, platform.machine(), *cpu.identity()],
     }
-
-
-def _cpu() -> list[str]:
-    """Which CPU this is and what it can do; the layout of weights depends on it. Empty where the system has no file."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            first = file.read(16384).partition("\n\n")[0]  # all cores are alike
-    except OSError:
-        return []
-    told = ("vendor_id", "cpu family", "model", "model name", "flags", "CPU implementer", "CPU part", "Features")
-    return [line for line in first.splitlines() if line.partition(":")[0].strip() in told]
 
 
 def _entry(artifact: Artifact, identity: dict[str, Any]) -> Path | None:
