@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--ray", metavar="ADDRESS",
-        help="run on a Ray cluster: auto is the one this machine belongs to, or else a new one here (as local); all "
-        "paths mean the same on its machines; --threads of each actor default to 1",
+        help="run on a Ray cluster: auto is the one this machine belongs to, or else a new one here (as local); IN, "
+        "OUT and DIR are paths that mean the same on its machines, or URLs that fsspec opens there, such as "
+        "s3://bucket/in; --threads of each actor default to 1",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="start over, and replace existing output files")
     add_json(parser)

@@ -2,38 +2,31 @@
 
 import hashlib
 import io
-import os
-import threading
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 
 from sdedit import manifest, output, record
 from sdedit.editor import Editor
-from sdedit.errors import ImageError, NetworkError, OutputError, SdeditError
+from sdedit.errors import ImageError, NetworkError, SdeditError
 from sdedit.jobs import Job
 from sdedit.listing import GuideFile
 from sdedit.options import EditOptions
+from sdedit.places import Place
 from sdedit.results import Result
 
 RunBatch = Callable[[Sequence[Job]], list[Result]]
 
 
 class FileEdits:
-    """What is done with each file, wherever that is. scratch: a folder on the disk of the results.
+    """What is done with each file, wherever that is. same: what is in every line of the manifest."""
 
-    same: what is in every line of the manifest.
-    """
-
-    def __init__(self, editor: Editor, options: EditOptions, scratch: Path, same: manifest.Entry) -> None:
-        self._editor, self._options, self._scratch, self._same = editor, options, scratch, same
-        self._name = uuid.uuid4().hex  # several processes may write beside each other
+    def __init__(self, editor: Editor, options: EditOptions, place: Place, same: manifest.Entry) -> None:
+        self._editor, self._options, self._place, self._same = editor, options, place, same
 
     def prepare(self, file: GuideFile) -> Job | SdeditError:
         """Read a guide and its mask, or say why not."""
         try:
-            return self._editor.prepare(file.guide, self._options, seed=file.seed, mask=file.mask())
+            guide, mask = self._place.guide(file), self._place.mask(file)
+            return self._editor.prepare(guide, self._options, seed=file.seed, mask=mask)
         except ImageError as error:
             return error
 
@@ -56,15 +49,12 @@ class FileEdits:
         """Write a result whole, under its name, and say what to note of it. Raises OutputError."""
         encoded = io.BytesIO()
         output.png(result.pixels, record.describe(self._editor, self._options, result))(encoded)
-        scratch = self._scratch / f"{self._name}-{threading.get_ident()}.png"
-        with writing(file.target):
-            file.target.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_bytes(encoded.getbuffer())
-            os.replace(scratch, file.target)
+        more = self._place.write(file, encoded.getbuffer())
         return self._entry(file, manifest.DONE) | {
             "guide_sha256": result.guide.sha256,
             "mask_sha256": None if result.mask is None else result.mask.sha256,
             "output_sha256": hashlib.sha256(encoded.getbuffer()).hexdigest(),
+            **more,
         }
 
     def failed(self, file: GuideFile, error: SdeditError) -> manifest.Entry:
@@ -73,14 +63,3 @@ class FileEdits:
 
     def _entry(self, file: GuideFile, status: str) -> manifest.Entry:
         return {"path": file.path, "output": file.output, "status": status, "seed": file.seed, **self._same}
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the system refuses inside is an OutputError about `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {output.reason(error)}", hint="check the disk and the permissions"
-        ) from error

@@ -14,9 +14,10 @@ from sdedit.errors import OptionError, SdeditError
 from sdedit.file_edits import FileEdits, RunBatch
 from sdedit.image import checked_fit
 from sdedit.jobs import Job
-from sdedit.ledger import FolderProgress, FolderResult, Ledger, claimed, in_order
-from sdedit.listing import GuideFile, find_guides
+from sdedit.ledger import FolderProgress, FolderResult, Ledger, in_order
+from sdedit.listing import GuideFile, guide_files
 from sdedit.options import EditOptions, make_options
+from sdedit.places import LocalPlace
 
 MOST_WORKERS = 256
 
@@ -46,19 +47,19 @@ def edit_folder(
     if workers is None:
         workers = min(usable_cores(), 4)
     workers = whole("workers", workers, 1, MOST_WORKERS, hint="leave it out for one a core, four at most")
-    source, target = Path(guides), Path(output_folder)
+    place = LocalPlace(Path(guides), None if masks is None else Path(masks), Path(output_folder))
     running = editor.backend.name, editor.backend.precision
-    ledger = Ledger(target, chosen, editor.artifact, running, on_file, masked=masks is not None)
-    files = find_guides(source, target, None if masks is None else Path(masks), chosen.seed)
+    ledger = Ledger(place, chosen, editor.artifact, running, on_file, masked=masks is not None)
+    files = guide_files(place.guides, place.pictures(), chosen.seed)
     ahead = chosen.batch + workers
     with (
         editor.batches(chosen) as run_batch,
-        claimed(target) as scratch,
+        place.claimed(),
         ThreadPoolExecutor(workers) as pool,
         ThreadPoolExecutor(1) as clerk,
     ):
         rest = ledger.resume(files, pool, ahead, force=force)
-        edits = FileEdits(editor, chosen, scratch, ledger.same)
+        edits = FileEdits(editor, chosen, place, ledger.same)
         run_files(rest, chosen.batch, ahead, edits, run_batch, ledger, pool, clerk)
     return ledger.result()
 

@@ -19,13 +19,23 @@ from sdedit.errors import ImageError, OptionError
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-Source = str | Path | bytes | Image.Image | Pixels
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and bottom excluded
 
 FITS = ("crop", "pad", "stretch", "exact")
 MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # EPS, say, would run an interpreter
 FORMATS_HINT = "PNG, JPEG, WebP, TIFF, BMP, GIF and PPM are read"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture file's bytes where they have a name."""
+
+    data: bytes
+    label: str  # what messages call it
+
+
+Source = str | Path | bytes | Encoded | Image.Image | Pixels
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,8 @@ def read(source: Source, channels: int, role: str = "guide") -> Picture:
     """
     if isinstance(source, bytes):
         return _decode(source, f"the {role}", channels, role)
+    if isinstance(source, Encoded):
+        return _decode(source.data, source.label, channels, role)
     if isinstance(source, str | Path):
         return _read_file(Path(source), channels, role)
     if isinstance(source, Image.Image):

@@ -1,27 +1,20 @@
 """The books of a folder job: which files are left, what was done of them, and what the caller is told."""
 
-import hashlib
 import json
-import os
-import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sdedit import manifest, record
+from sdedit import manifest
 from sdedit.artifact import Artifact
-from sdedit.errors import ImageError, OutputError, ReplayError, SdeditError
-from sdedit.file_edits import writing
+from sdedit.errors import OutputError, SdeditError
 from sdedit.listing import GuideFile
 from sdedit.options import EditOptions
-
-SCRATCH = ".sdedit-batch"  # inside the output folder while a job runs
+from sdedit.places import Place
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -42,7 +35,7 @@ class FolderResult:
     """What `edit_folder` did."""
 
     options: EditOptions
-    manifest: Path
+    manifest: Path | str  # a URL where the results are at one
     edited: int  # files now
     kept: int  # files that an earlier run had finished
     failed: dict[str, SdeditError]  # path below the folder -> why
@@ -56,7 +49,7 @@ class Ledger:
     """One job's manifest and progress. For one thread at a time. running: backend and precision."""
 
     def __init__(
-        self, target: Path, options: EditOptions, artifact: Artifact, running: tuple[str, str],
+        self, place: Place, options: EditOptions, artifact: Artifact, running: tuple[str, str],
         on_file: OnFile | None, *, masked: bool,
     ) -> None:  # fmt: skip
         self.same: manifest.Entry = {  # in every line, and the same for all files
@@ -67,7 +60,7 @@ class Ledger:
             "precision": running[1],
         }
         self._began, self._options = time.perf_counter(), options
-        self._manifest, self._on_file = target / manifest.NAME, on_file
+        self._place, self._on_file = place, on_file
         self._failed: dict[str, SdeditError] = {}
         self._kept = self._done = self._total = 0
 
@@ -75,21 +68,19 @@ class Ledger:
         self, files: Sequence[GuideFile], pool: ThreadPoolExecutor, ahead: int, *, force: bool
     ) -> list[GuideFile]:
         """The files that are left to do; the manifest then lists exactly the others. Raises OutputError."""
-        begun = os.path.lexists(self._manifest)
-        entries = {} if force else manifest.read(self._manifest)
-        done = {path: entry for path, entry in entries.items() if entry["status"] == manifest.DONE}
+        entries = None if force else self._place.entries()
+        done = {path: entry for path, entry in (entries or {}).items() if entry["status"] == manifest.DONE}
         for entry in done.values():
             self._require_same(entry)
         rest = []
-        for file, kept in in_order(pool, lambda one: _is_done(one, done.get(one.path)), files, ahead):
+        for file, kept in in_order(pool, lambda one: self._is_done(one, done.get(one.path)), files, ahead):
             if kept:
                 continue
             rest.append(file)
             known = done.pop(file.path, None) is not None
-            if os.path.lexists(file.target) and not (force or known or (begun and _carries_a_record(file.target))):
-                raise OutputError(f"{file.target}: exists already", hint="choose another folder, or --force")
-        with writing(self._manifest):
-            manifest.write(self._manifest, done.values())
+            if not (force or known) and (taken := self._place.taken(file, begun=entries is not None)):
+                raise OutputError(f"{taken}: exists already", hint="choose another folder, or --force")
+        self._place.replace(done.values())
         self._total, self._kept = len(files), len(files) - len(rest)
         self._done = self._kept
         self._tell(None, None)
@@ -97,8 +88,7 @@ class Ledger:
 
     def note(self, entries: Sequence[manifest.Entry]) -> None:
         """Write what was done to the disk. From any one thread at a time. Raises OutputError."""
-        with writing(self._manifest):
-            manifest.append(self._manifest, entries)
+        self._place.append(entries)
 
     def count(self, path: str, error: SdeditError | None = None) -> None:
         """One more file is finished, and noted."""
@@ -111,11 +101,17 @@ class Ledger:
         """What was done so far."""
         edited = self._done - self._kept - len(self._failed)
         total_ms = 1e3 * (time.perf_counter() - self._began)
-        return FolderResult(self._options, self._manifest, edited, self._kept, self._failed, total_ms)
+        return FolderResult(self._options, self._place.manifest, edited, self._kept, self._failed, total_ms)
 
     def _tell(self, path: str | None, error: SdeditError | None) -> None:
         if self._on_file is not None:
             self._on_file(FolderProgress(self._done, self._total, path, error))
+
+    def _is_done(self, file: GuideFile, entry: manifest.Entry | None) -> bool:
+        """Whether the manifest's entry still holds: the same guide and mask, and the output as it was written."""
+        if entry is None or entry.get("seed") != file.seed or entry["output"] != file.output:
+            return False
+        return self._place.holds(file, entry)
 
     def _require_same(self, entry: manifest.Entry) -> None:
         for name, wanted in self.same.items():
@@ -126,37 +122,9 @@ class Ledger:
                 name = next(key for key in (*wanted, *found) if found.get(key) != wanted.get(key))
                 found, wanted = found.get(name), wanted.get(name)
             raise OutputError(
-                f"{self._manifest}: was begun with {name} {found}; now it is {wanted}",
+                f"{self._place.manifest}: was begun with {name} {found}; now it is {wanted}",
                 hint="the same options finish it; choose another folder, or --force to start over",
             )
-
-
-@contextmanager
-def claimed(target: Path) -> Iterator[Path]:
-    """A folder for files that are not whole yet, on the disk of `target`. One job at a time has it."""
-    scratch = target / SCRATCH
-    with writing(scratch):
-        scratch.mkdir(exist_ok=True)
-        lock = os.open(scratch, os.O_RDONLY) if sys.platform != "win32" else None
-    try:
-        if sys.platform != "win32" and lock is not None:
-            import fcntl
-
-            try:  # given up by the system when the process dies
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"{target}: another job is writing to it", hint="wait for it, or choose another folder"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
-        try:
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def in_order(
@@ -172,30 +140,3 @@ def in_order(
     while waiting:
         first, value = waiting.popleft()
         yield first, value.result()
-
-
-def _is_done(file: GuideFile, entry: manifest.Entry | None) -> bool:
-    """Whether the manifest's entry still holds: the same guide and mask, and the output as it was written."""
-    if entry is None or entry.get("seed") != file.seed or entry["output"] != file.output:
-        return False
-    try:
-        wanted = (entry.get("output_sha256"), entry.get("guide_sha256"), entry.get("mask_sha256"))
-        return wanted == tuple(map(_sha256, (file.target, file.guide, file.mask())))
-    except (OSError, ImageError):
-        return False
-
-
-def _sha256(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _carries_a_record(path: Path) -> bool:
-    """Whether it is a picture of ours: written, and then cut off before it was noted."""
-    try:
-        record.read_json(path)
-    except ReplayError:
-        return False
-    return True

@@ -4,7 +4,8 @@
      "output_sha256": …, "options": {…}, "artifact_sha256": …, "backend": …}
     {"path": "a/c.jpg", "output": "a/c.png", "status": "failed", …, "error": …, "hint": …}
 
-A process may die at any moment: lines are appended whole and synced, and a torn last line is one that never was.
+Files at URLs also have "stamps", of output, guide and mask. A process may die at any moment: lines are appended whole
+and synced, and a torn last line is one that never was.
 """
 
 import json
@@ -20,14 +21,20 @@ DONE, FAILED = "done", "failed"
 Entry = dict[str, Any]
 
 
-def read(path: Path) -> dict[str, Entry]:
-    """The entries by their guide's path; the last one where a path has several. Raises OutputError."""
+def read(path: Path, *, shown: Path | str | None = None) -> dict[str, Entry]:
+    """The entries by their guide's path; the last one where a path has several. Raises OutputError.
+
+    shown: what messages call it, if it is a copy.
+    """
+    shown = shown or path
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise OutputError(f"{path}: cannot be read: {error.strerror or error}", hint="choose another folder") from error
+        raise OutputError(
+            f"{shown}: cannot be read: {error.strerror or error}", hint="choose another folder"
+        ) from error
     entries: dict[str, Entry] = {}
     for number, line in enumerate(lines[:-1], start=1):  # behind the last newline is nothing, or a torn line
         entry = _entry(line)
@@ -36,7 +43,7 @@ def read(path: Path) -> dict[str, Entry]:
             entries[entry["path"]] = entry
         elif number < len(lines) - 1:
             raise OutputError(
-                f"{path}: line {number} is not of a manifest", hint="choose another folder, or --force to start over"
+                f"{shown}: line {number} is not of a manifest", hint="choose another folder, or --force to start over"
             )
     return entries
 

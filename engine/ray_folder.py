@@ -1,7 +1,8 @@
 """The folder job on Ray Data: actors hold editors and edit chunks of files; the driver finds them and keeps the books.
 
-Guides, results and the model lie where every machine of the cluster sees them under the same path. A worker that dies
-loses nothing: Ray starts its actor again and gives it the chunk anew, whose files come out as the same bytes.
+Guides and results lie where every machine of the cluster sees them, under one path or at a URL; the model under one
+path. A worker that dies loses nothing: Ray starts its actor again and gives it the chunk anew, whose files come out as
+the same bytes.
 """
 
 import json
@@ -15,8 +16,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from sdedit import artifact as artifacts
 from sdedit import errors, folder, manifest, output
@@ -26,9 +25,11 @@ from sdedit.checks import whole
 from sdedit.editor import load, open_model
 from sdedit.errors import ArtifactError, BackendUnavailable, DeviceError, ImageError, OptionError, SdeditError
 from sdedit.file_edits import FileEdits
-from sdedit.ledger import FolderProgress, FolderResult, Ledger, claimed
-from sdedit.listing import GuideFile, find_guides, guide_file
+from sdedit.ledger import FolderProgress, FolderResult, Ledger
+from sdedit.listing import GuideFile, guide_file, guide_files
 from sdedit.options import EditOptions
+from sdedit.places import Place
+from sdedit.remote_place import place_of
 
 BATCHES_A_CHUNK = 8  # what a worker that dies has to do again, and how often the manifest is written
 ON_A_GPU = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-tensorrt")
@@ -46,10 +47,7 @@ class Order:
     precision: str | None
     threads: int
     provider_options: Mapping[str, str]
-    source: Path
-    masks: Path | None
-    target: Path
-    scratch: Path
+    place: Place
     options: EditOptions
     same: manifest.Entry
 
@@ -73,14 +71,20 @@ def edit_folder_on_ray(
     """`edit_folder` on a Ray cluster: the same files, byte for byte, and the same manifest in another order.
 
     address: of a running cluster; "auto" is the one that this machine belongs to, or else a new one on this machine;
-    "local" is always that. model, guides, output_folder and masks are paths, file:// URLs too, that mean the same on
-    all its machines. backend: of every worker; "auto" is what is best here. threads: of each worker's network on a
-    CPU, which it takes from the cluster (default 1); a GPU backend takes a GPU. workers: how many hold an editor
-    (default: as many as fit). Raises as `load` and `edit_folder` do, and BackendUnavailable for Ray itself.
+    "local" is always that. guides, output_folder and masks are paths that mean the same on all its machines, or URLs
+    that fsspec opens there (s3:// wants s3fs, and so on). With a URL among them, what an earlier run did is known by
+    size and ETag or time, and by hash where these differ; nothing keeps two jobs from one folder. model: a path on all
+    machines. backend: of every worker; "auto" is what is best here. threads: of each worker's network on a CPU, which
+    it takes from the cluster (default 1); a GPU backend takes a GPU. workers: how many hold an editor (default: as many
+    as fit). Raises as `load` and `edit_folder` do, and BackendUnavailable for Ray itself.
     """
     threads = 1 if threads is None else whole("threads", threads, 1, MOST_THREADS, hint="leave it out for 1")
     if workers is not None:
         workers = whole("workers", workers, 1, folder.MOST_WORKERS, hint="leave it out for as many as fit")
+    if model is not None and "://" in os.fspath(model):
+        raise OptionError(
+            f"{model}: a model is not opened from a URL", hint="copy it to one path on all machines of the cluster"
+        )
     opened = open_model(model)
     artifact = opened if isinstance(opened, artifacts.Artifact) else opened.artifact
     if backend == "auto":
@@ -88,18 +92,17 @@ def edit_folder_on_ray(
             backend = editor.backend.name
     usual = USUAL_BATCH if isinstance(opened, artifacts.Artifact) else opened.profile[1]
     chosen = folder.folder_options(options, usual, artifact.defaults)
-    source, target = _path(guides), _path(output_folder)
-    masked = None if masks is None else _path(masks)
+    place = place_of(guides, masks, output_folder)
     running = backend, precision or artifact.precision
-    ledger = Ledger(target, chosen, artifact, running, on_file, masked=masked is not None)
-    files = find_guides(source, target, masked, chosen.seed)
-    with claimed(target) as scratch:
+    ledger = Ledger(place, chosen, artifact, running, on_file, masked=masks is not None)
+    files = guide_files(place.guides, place.pictures(), chosen.seed)
+    with place.claimed():
         with ThreadPoolExecutor(min(usable_cores(), 4)) as pool:
             rest = ledger.resume(files, pool, 64, force=force)
         if rest:
             order = Order(
                 opened.path.absolute(), artifact.sha256, backend, precision, threads, dict(provider_options or {}),
-                source, masked, target, scratch, chosen, ledger.same,
+                place, chosen, ledger.same,
             )  # fmt: skip
             with _cluster(address) as ray:
                 for entries in _entries(ray, [file.path for file in rest], order, workers):
@@ -109,18 +112,6 @@ def edit_folder_on_ray(
                         error = ImageError(entry["error"], hint=entry["hint"]) if failed else None
                         ledger.count(entry["path"], error)
     return ledger.result()
-
-
-def _path(given: str | Path) -> Path:
-    """A folder that all machines see, absolute. Raises OptionError for another kind of place."""
-    text = os.fspath(given)
-    if text.startswith("file://"):
-        text = url2pathname(urlsplit(text).path)
-    if "://" in text:
-        raise OptionError(
-            f"{text}: not a folder of a file system", hint="mount it on every machine of the cluster, and name the path"
-        )
-    return Path(text).absolute()
 
 
 @contextmanager
@@ -229,9 +220,7 @@ class Worker:
         try:
             if self._run is None:
                 self._run = self._open()
-            self._run(
-                [guide_file(order.source, order.target, order.masks, order.options.seed, p) for p in paths], notes
-            )
+            self._run([guide_file(path, order.options.seed) for path in paths], notes)
         except SdeditError as error:
             return {"line": [json.dumps({"raised": [type(error).__name__, str(error), error.hint]})]}
         return {"line": [json.dumps(entry) for entry in notes.entries]}
@@ -254,7 +243,7 @@ class Worker:
             )
         run_batch = self._held.enter_context(editor.batches(order.options))
         pool, clerk = (self._held.enter_context(ThreadPoolExecutor(n)) for n in (WORKER_THREADS, 1))
-        edits = FileEdits(editor, order.options, order.scratch, order.same)
+        edits = FileEdits(editor, order.options, order.place, order.same)
         batch = order.options.batch
 
         def run(files: Sequence[GuideFile], notes: "Notes") -> None:

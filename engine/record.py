@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import PIL
@@ -108,8 +108,8 @@ def read(path: Path) -> Record:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The record as it stands in the file. Raises ReplayError."""
+def read_json(path: Path | IO[bytes]) -> dict[str, Any]:
+    """The record as it stands in the file, or its bytes. Raises ReplayError."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as opened:  # JPEG: to say that it has no record
             text = opened.info.get(KEYWORD)

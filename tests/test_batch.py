@@ -18,7 +18,7 @@ import sdedit
 from sdedit import record
 from sdedit.cli.main import main
 from sdedit.file_edits import FileEdits
-from sdedit.ledger import claimed
+from sdedit.places import LocalPlace
 
 NAMES = ("a.png", "b/c.jpg", "b/d.PNG", "b/e/f.webp", "g.bmp", "h.tif", "ü.png")
 
@@ -411,5 +411,6 @@ def test_options_that_make_no_sense_are_refused(flags, batch, guides, out, capsy
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks are of POSIX")
 def test_two_jobs_do_not_write_to_one_folder(guides, out, editor):
-    with claimed(out), pytest.raises(sdedit.OutputError, match="another job is writing to it"):
+    claimed = LocalPlace(guides, None, out).claimed()
+    with claimed, pytest.raises(sdedit.OutputError, match="another job is writing to it"):
         sdedit.edit_folder(editor, guides, out, steps=1)

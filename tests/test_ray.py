@@ -216,11 +216,6 @@ def test_a_cluster_that_is_not_there_is_said_at_once(monkeypatch):
     assert "--ray local" in raised.value.hint
 
 
-def test_places_that_are_no_folders_are_refused(guides, tmp_path, network, capsys):
-    assert on_ray("s3://bucket/in", tmp_path, network) == 2
-    assert capsys.readouterr().err.startswith("error: s3://bucket/in: not a folder of a file system\nhint: mount it")
-
-
 def test_file_urls_are_paths(cluster, guides, local, tmp_path, network):
     out = tmp_path / "out"
     out.mkdir()
