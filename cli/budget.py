@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,10 +19,12 @@ def spent_ms(editor: "Editor", arguments: argparse.Namespace, results: int) -> f
     """Milliseconds since the process began, and those that writing so many results is allowed."""
     from PIL import Image
 
+    from sdedit.image import FORMATS
+
     width, height = editor.artifact.frame(arguments.size)
     if arguments.mask:
-        with Image.open(arguments.guides[0]) as opened:  # its size alone is read
-            width, height = opened.size
+        with suppress(Exception), Image.open(arguments.guides[0], formats=FORMATS) as opened:
+            width, height = opened.size  # which alone is read; what is wrong with the rest, the edit says
     pixels = width * height * results
     return since_start_ms() + WRITING_MS + WRITING_MS_PER_MEGAPIXEL * pixels / 1e6
 

@@ -12,6 +12,7 @@ from sdedit.errors import OptionError
 
 if TYPE_CHECKING:
     from sdedit.editor import Editor
+    from sdedit.record import Record
     from sdedit.results import EditResult, Progress
 
 HELP = "edit pictures: noise each guide up to t0, denoise it back"
@@ -61,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from sdedit import output, record
     from sdedit.cli import budget
     from sdedit.options import EditOptions
@@ -73,7 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
     output.check(paths, force=arguments.force, inputs=inputs)
 
     began = time.perf_counter()
-    editor, options = open_fresh(arguments) if arguments.replay is None else open_replay(arguments)
+    repeated = None if arguments.replay is None else record.read(Path(arguments.replay))
+    editor, options = open_fresh(arguments) if repeated is None else open_replay(arguments, repeated)
     load_ms = 1e3 * (time.perf_counter() - began)
     if arguments.max_ms is not None:
         options |= {"max_ms": arguments.max_ms, "spent_ms": budget.spent_ms(editor, arguments, len(paths))}
@@ -82,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
         say(budget.told(result.budget))
     for note in notes(editor, result):
         say(note)
+    if repeated is not None:
+        result = replace(result, budget=repeated.budget)  # so that the record, too, is the same
     if target.suffix == ".npy":
         output.write_all([(target, output.npy(result.x))])
     else:
@@ -134,14 +140,13 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options | {"conditions": dict(arguments.set or ())}
 
 
-def open_replay(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]:
+def open_replay(arguments: argparse.Namespace, repeated: "Record") -> tuple["Editor", dict[str, Any]]:
     """The editor and the options that the record names. Raises OptionError for flags that would change them."""
     from dataclasses import asdict
 
     import sdedit
     from sdedit import artifact, companions, record
 
-    repeated = record.read(Path(arguments.replay))
     if changed := [name for name in (*RECORDED, "max_ms", *PINNED) if getattr(arguments, name) is not None]:
         flag = f"--{changed[0].replace('_', '-')}"
         raise OptionError(f"--replay takes its options from the record, not from {flag}", hint=f"leave {flag} out")

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sdedit.checks import Number
 from sdedit.errors import OptionError
 
 REMEMBERED = 32  # measurements. The next is slower than the slowest of n with probability 1/(n + 1): here 3 %
@@ -83,6 +84,13 @@ def _high(samples: deque[float]) -> float:
 
 def checked_max_ms(max_ms: object) -> float:
     """`max_ms` as a float. Raises OptionError."""
-    if isinstance(max_ms, bool) or not isinstance(max_ms, int | float) or not 0 < max_ms < math.inf:
+    if isinstance(max_ms, bool) or not isinstance(max_ms, Number) or not 0 < max_ms < math.inf:
         raise OptionError(f"max_ms is {max_ms!r}; wanted milliseconds, above 0", hint="--max-ms 500")
     return float(max_ms)
+
+
+def checked_spent_ms(spent_ms: object) -> float:
+    """`spent_ms` as a float. Raises OptionError."""
+    if isinstance(spent_ms, bool) or not isinstance(spent_ms, Number) or not abs(spent_ms) < math.inf:
+        raise OptionError(f"spent_ms is {spent_ms!r}; wanted milliseconds", hint="0 counts from the call")
+    return float(spent_ms)

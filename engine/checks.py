@@ -4,6 +4,8 @@ import numpy as np
 
 from sdedit.errors import OptionError
 
+Number = int | float | np.integer | np.floating
+
 
 def whole(name: str, value: object, low: int, high: int, *, hint: str) -> int:
     """`value` as an int in [low, high]. Raises OptionError."""
@@ -14,7 +16,7 @@ def whole(name: str, value: object, low: int, high: int, *, hint: str) -> int:
 
 def real(name: str, value: object, low: float, high: float, *, with_low: bool, hint: str) -> float:
     """`value` as a float in (low, high], or in [low, high] with_low. Raises OptionError."""
-    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+    if isinstance(value, Number) and not isinstance(value, bool):
         inside = low < value <= high or (with_low and value == low)
         if inside:
             return float(value)

@@ -16,7 +16,7 @@ from sdedit import artifact as artifacts
 from sdedit import image
 from sdedit.backends import Backend, open_backend
 from sdedit.backends.ort import MOST_THREADS
-from sdedit.budget import Budget, StepTimes, checked_max_ms
+from sdedit.budget import Budget, StepTimes, checked_max_ms, checked_spent_ms
 from sdedit.checks import whole
 from sdedit.errors import OptionError
 from sdedit.executor import Batch, Executor
@@ -109,7 +109,8 @@ class Editor:
         budget = None
         if max_ms is not None:
             times = self._step_times(chosen, groups[0])
-            budget = self._budget(chosen, groups, times, checked_max_ms(max_ms), began - spent_ms / 1e3)
+            before = began - checked_spent_ms(spent_ms) / 1e3
+            budget = self._budget(chosen, groups, times, checked_max_ms(max_ms), before)
             chosen = replace(chosen, steps=budget.steps)
         table = plan(self.sde, **chosen.schedule())
         total = len(groups) * chosen.repeats * table.steps

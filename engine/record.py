@@ -15,6 +15,7 @@ from PIL import Image
 
 import sdedit
 from sdedit.backends.ort import MOST_THREADS
+from sdedit.budget import Budget
 from sdedit.checks import whole
 from sdedit.editor import Editor
 from sdedit.errors import ReplayError, SdeditError
@@ -72,6 +73,7 @@ class Record:
     guide_sha256: str
     mask_sha256: str | None
     versions: Mapping[str, str]
+    budget: Budget | None = None  # why these steps
 
 
 def read(path: Path) -> Record:
@@ -101,6 +103,7 @@ def read(path: Path) -> Record:
             str(found["guide"]["sha256"]),
             None if mask is None else str(mask["sha256"]),
             dict(found["versions"]),
+            Budget(**found["budget"]) if "budget" in found else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError, SdeditError) as error:
         raise ReplayError(

@@ -109,6 +109,16 @@ def test_a_budget_is_a_number_of_milliseconds(wrong, fresh):
         fresh.edit(GUIDE, max_ms=wrong)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), "5", True, None])
+def test_what_is_spent_is_a_number_of_milliseconds(wrong, fresh):
+    with pytest.raises(sdedit.OptionError, match=r"spent_ms is .*; wanted milliseconds"):
+        fresh.edit(GUIDE, max_ms=500, spent_ms=wrong)
+
+
+def test_a_budget_may_be_a_number_of_numpy(fresh):
+    assert fresh.edit(GUIDE, steps=2, max_ms=np.float32(1e6)).options.steps == 2
+
+
 def test_a_calibration_leaves_its_first_run_out():
     clock, times, costs = Clock(), StepTimes(), iter((90, 22, 26))
     times.calibrate(lambda steps: clock.wait(next(costs)), lambda: clock.wait(3), 1e6, clock)
@@ -184,14 +194,7 @@ def test_the_command_reports_the_choice_and_replays_it(network, write_png, tmp_p
     assert cli.main(["inspect", str(out), "--json"]) == 0
     assert '"most_steps": 3' in capsys.readouterr().out
     assert cli.main(["edit", "--replay", str(out), str(guide), "-m", str(network), "-o", str(again)]) == 0
-    assert sdedit_pixels(again) == sdedit_pixels(out)
-
-
-def sdedit_pixels(path) -> bytes:
-    from PIL import Image
-
-    with Image.open(path) as opened:
-        return opened.tobytes()
+    assert again.read_bytes() == out.read_bytes()
 
 
 def test_the_command_refuses_a_budget_that_is_gone_before_the_first_step(network, write_png, tmp_path, capsys):
