@@ -79,6 +79,11 @@ def open_fastest(
     if trials is None:
         log.info("fast: first use of %s on this machine, so what can run it is timed and verified", artifact.name)
         trials = _try_all(models, backend, precision, threads)
+        if not trials:
+            raise BackendUnavailable(
+                f"nothing here runs {artifact.name} in {precision}",
+                hint=f"lay an export with --precision {precision} beside it, or leave --precision out",
+            )
         if not any(trial.passed for trial in trials):
             raise BackendUnavailable(
                 f"nothing that runs {artifact.name} here passed verification",
