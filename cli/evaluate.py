@@ -76,8 +76,11 @@ def measure(arguments: argparse.Namespace) -> int:
         raise OptionError("no --guides", hint="sdedit evaluate --guides DIR --methods DIR … (or --pairs, --answers)")
     if arguments.features is not None and arguments.real is None:
         raise OptionError("--features without --real", hint="KID compares with real pictures: name their folder")
-    if arguments.feature_input is not None and arguments.features is None:
-        raise OptionError("--feature-input without --features", hint="name the feature network too")
+    of_kid = ("feature_input", "subset_size", "subsets", "seed")
+    if arguments.features is None and (given := [name for name in of_kid if getattr(arguments, name) is not None]):
+        raise OptionError(
+            f"--{given[0].replace('_', '-')} without --features", hint="name the feature network too: it is for KID"
+        )
     if arguments.count is not None:
         raise OptionError("--count without --pairs", hint="all pictures are measured")
     target = checked_output(arguments, SUFFIXES)
@@ -86,8 +89,8 @@ def measure(arguments: argparse.Namespace) -> int:
     lpips = None if arguments.lpips is None else open_lpips(arguments.lpips)
     if features is None:
         say(f"without --features there is no KID: {'L2 and LPIPS' if lpips else 'L2'} only")
-    given = {name: getattr(arguments, name) for name in ("subset_size", "subsets", "seed")}
-    chosen = {"subset_size": 100, "subsets": 100, "seed": 0} | {k: v for k, v in given.items() if v is not None}
+    asked = {name: getattr(arguments, name) for name in ("subset_size", "subsets", "seed")}
+    chosen = {"subset_size": 100, "subsets": 100, "seed": 0} | {k: v for k, v in asked.items() if v is not None}
     bar = ProgressBar("pictures")
     try:
         rows = evaluate(inputs, features=features, lpips=lpips, on_pictures=bar.update, **chosen)
@@ -152,6 +155,6 @@ def write_text(target: Path, text: str) -> None:
     from sdedit import output
 
     def write(file: IO[bytes]) -> None:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # of names that are not Unicode, as on a terminal
 
     output.write_all([(target, write)])

@@ -10,6 +10,7 @@ from sdedit.cli.terminal import print_json
 from sdedit.errors import OptionError
 
 COUNT = 50
+MOST_SEED = 2**53 - 1  # larger numbers are not what they were when the page has read them
 MEASURED = ("methods", "real", "masks", "features", "feature_input", "lpips", "subset_size", "subsets")
 
 
@@ -17,7 +18,6 @@ def write_page(arguments: argparse.Namespace) -> int:
     """Raises ImageError, OptionError, OutputError."""
     from sdedit.checks import whole
     from sdedit.cli.pairs_page import pairs_page
-    from sdedit.noise import checked_seed
     from sdedit.opinions import QUESTIONS, trials
     from sdedit.pairing import open_folder, require_pairs, require_size
 
@@ -26,11 +26,14 @@ def write_page(arguments: argparse.Namespace) -> int:
         raise OptionError("--pairs needs -o PAIRS.html", hint="name the page to write")
     target = checked_output(arguments, (".html",))
     assert target is not None
-    seed = checked_seed(0 if arguments.seed is None else arguments.seed)
+    seed = 0 if arguments.seed is None else arguments.seed
+    seed = whole("seed", seed, 0, MOST_SEED, hint="leave it out for 0")
     count = COUNT if arguments.count is None else arguments.count
     count = whole("count", count, 1, 10_000, hint="leave it out for 50")
     a, b = (open_folder(Path(folder)) for folder in arguments.pairs)
     guides = None if arguments.guides is None else open_folder(Path(arguments.guides))
+    if a.folder.resolve() == b.folder.resolve():
+        raise OptionError(f"--pairs names {a.folder} twice", hint="name the folders of two methods")
     require_pairs(a, b)
     require_size(b, a.size)
     if guides is not None:

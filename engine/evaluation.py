@@ -104,7 +104,7 @@ def evaluate(
     if features is not None:
         if inputs.real is None:
             raise OptionError("KID compares with real pictures; there are none", hint="name their folder with --real")
-        metrics.require_pictures(len(inputs.guides), len(inputs.real), subset_size)
+        metrics.require_subsets(len(inputs.guides), len(inputs.real), subset_size, subsets, seed)
     folders = {GUIDES: inputs.guides, **inputs.methods}
     plain = {label: _l2(inputs, folder) for label, folder in folders.items()}
     if inputs.real is not None:

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.Image import Resampling
 
+from sdedit.checks import real, whole
 from sdedit.errors import ArtifactError, BackendUnavailable, OptionError
 
 Array = NDArray[np.float32]
 Run = Callable[[Array], Array]  # (B, 3, H, W) -> (B, F)
 RunPair = Callable[[Array, Array], Array]  # (B, 3, H, W) twice -> (B,), or with sides of 1 behind it
 
+MOST_SIDE = 4096
 BATCH = 16  # pictures in a network call
 
 
@@ -27,6 +29,14 @@ class Convention:
     size: int | None = 299  # both sides are scaled to it, bilinearly; None leaves pictures as they are
     low: float = -1.0  # what pixel 0 becomes
     high: float = 0.9921875  # and what 255 becomes
+
+    def __post_init__(self) -> None:
+        """Raises OptionError."""
+        hint = "SIZE:LOW:HIGH, such as own:-1:1"
+        if self.size is not None:
+            whole("size", self.size, 1, MOST_SIDE, hint=hint)
+        for name in ("low", "high"):
+            real(name, getattr(self, name), -1e6, 1e6, with_low=True, hint=hint)
 
     def __str__(self) -> str:
         return f"{self.size or 'own'}:{self.low!r}:{self.high!r}"
@@ -55,10 +65,10 @@ class FeatureNetwork:
             rows = np.asarray(self._run(x))
         except Exception as error:  # runtimes raise their own kinds
             raise ArtifactError(
-                f"{self.name}: cannot run on float32 {x.shape}: {str(error).strip().splitlines()[-1]}",
+                f"{self.name}: cannot run on float32 {x.shape}: {_last_line(error)}",
                 hint=f"it was fed SIZE:LOW:HIGH {self.convention}; name the network's own",
             ) from error
-        if len(rows) != len(pixels) or not np.issubdtype(rows.dtype, np.floating):
+        if rows.ndim == 0 or len(rows) != len(pixels) or not np.issubdtype(rows.dtype, np.floating):
             raise ArtifactError(
                 f"{self.name}: returned {rows.dtype} {rows.shape} for {len(pixels)} pictures; wanted a row for each",
                 hint="a feature network takes (N, 3, H, W) and returns (N, F)",
@@ -98,6 +108,10 @@ class DistanceNetwork:
             raise ArtifactError(
                 f"{self.name}: returned {distances.shape} for {len(a)} pairs; wanted one value a pair",
                 hint="a distance takes two (N, 3, H, W) and returns (N,)",
+            )
+        if not np.isfinite(distances).all():
+            raise ArtifactError(
+                f"{self.name}: returned NaN or Inf", hint="a distance is fed pictures in [-1, 1]; check its file"
             )
         return np.asarray(distances.reshape(-1), np.float32)
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from sdedit.checks import whole
 from sdedit.errors import OptionError
+from sdedit.noise import checked_seed
 
 SUBSET_SIZE, SUBSETS = 100, 100
 MOST_SUBSETS = 100_000
@@ -79,8 +80,11 @@ def mmd2(a: Features, b: Features) -> float:
     return float(within_a + within_b - 2 * ab.mean())
 
 
-def require_pictures(n: int, m: int, subset_size: int) -> None:
-    """Raise OptionError unless n and m pictures are enough for `kid`."""
+def require_subsets(n: int, m: int, subset_size: int, subsets: int, seed: int) -> None:
+    """Raise OptionError unless `kid` of n and m pictures can be made so."""
+    whole("subset_size", subset_size, 3, 2**31, hint="100 is usual for some hundred pictures, 1000 for thousands")
+    whole("subsets", subsets, 2, MOST_SUBSETS, hint="100 is usual")
+    checked_seed(seed)
     if min(n, m) < subset_size:
         raise OptionError(
             f"KID over subsets of {subset_size} needs {subset_size} pictures on each side; there are {n} and {m}",
@@ -141,10 +145,8 @@ def _require_same_width(a: Features, b: Features) -> None:
 def _subsets(sets: list[Features], size: int, count: int, seed: int) -> Iterator[tuple[Indices, Indices]]:
     """Which pictures of both sets are in each subset. Raises OptionError."""
     _require_same_width(*sets)
-    size = whole("subset_size", size, 3, 2**31, hint="100 is usual for some hundred pictures, 1000 for thousands")
-    count = whole("subsets", count, 2, MOST_SUBSETS, hint="100 is usual")
     n, m = map(len, sets)
-    require_pictures(n, m, size)
+    require_subsets(n, m, size, count, seed)
     rng = np.random.default_rng(seed)
     return ((rng.permutation(n)[:size], rng.permutation(m)[:size]) for _ in range(count))
 

@@ -49,7 +49,7 @@ def trials(names: Sequence[str], questions: Sequence[str], *, count: int, seed: 
 
 def a_is_left(seed: int, question: str, name: str) -> bool:
     """The key: no page has to carry it."""
-    return hashlib.sha256(f"{seed}/{question}/{name}".encode()).digest()[0] % 2 == 0
+    return hashlib.sha256(f"{seed}/{question}/{name}".encode(errors="surrogateescape")).digest()[0] % 2 == 0
 
 
 def preferences(paths: Sequence[str | Path]) -> tuple[str, str, list[Preference]]:
@@ -90,7 +90,7 @@ def _read(path: Path) -> tuple[tuple[str, str], list[tuple[str, bool]]]:
         return methods, [_answer(seed, answer) for answer in given["answers"]]
     except OSError as error:
         raise OptionError(f"{path}: cannot be read: {error.strerror}", hint="check the path") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OptionError(
             f"{path}: not answers of a page that --pairs wrote", hint="save them with the page's button"
         ) from error

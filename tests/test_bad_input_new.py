@@ -1,19 +1,24 @@
 """Wrong input to the commands of later days: told as test_bad_input.py demands it, and nothing changed on disk."""
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from closed_form import SDES, gaussian
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
-from test_bad_input import Ran, arguments, complaints, files
+from test_bad_input import Ran, complaints, files, posix
 
 from sdedit.cli.main import main
+from sdedit.opinions import a_is_left
 
 SHAPE = (3, 16, 16)
-Run = Callable[..., Ran]
+Run = Callable[[str], Ran]
+Refused = Callable[[str, int, str], None]
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +39,10 @@ def picture(path: Path, seed: int = 0) -> None:
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    def run(*given: Any) -> Ran:
+    def run(words: str) -> Ran:
         capfd.readouterr()
         try:
-            code = main(arguments(*given))
+            code = main(words.split())
         except SystemExit as stop:  # argparse
             code = stop.code if isinstance(stop.code, int) else 1
         return Ran(code, *capfd.readouterr())
@@ -46,12 +51,12 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture
-def refused(run: Run, tmp_path: Path) -> Callable[..., None]:
+def refused(run: Run, tmp_path: Path) -> Refused:
     """Run a command that must be refused: its words, the code, and a part of the error line."""
 
     def refused(words: str, code: int, text: str) -> None:
         before = files(tmp_path)
-        ran = run(*words.split())
+        ran = run(words)
         assert complaints(ran) == []
         assert (ran.code, ran.out) == (code, ""), ran.err
         assert text in ran.err.splitlines()[-2]
@@ -71,7 +76,91 @@ EDIT = "edit guide.png -m model.onnx --threads 1 --steps 2 -o out.png"
         (".", ".: is a folder, not a picture"),
     ],
 )
-def test_a_guide_that_is_none_is_told_the_same_way_with_a_budget(
-    refused: Callable[..., None], guide: str, text: str
-) -> None:
+def test_a_guide_that_is_none_is_told_the_same_way_with_a_budget(refused: Refused, guide: str, text: str) -> None:
     refused(EDIT.replace("guide.png", guide) + " --mask mask.png --max-ms 1e6", 1, text)
+
+
+def test_fast_says_that_there_is_no_export_of_the_precision(refused: Refused) -> None:
+    refused(f"{EDIT} --fast --precision int8", 1, "nothing here runs closed-form in int8")
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def network(path: str, inputs: int, *, axes: list[int], times: float = 1.0) -> None:
+    """The mean over `axes` of the first input, times a number."""
+    pictures = [helper.make_tensor_value_info(f"x{i}", TensorProto.FLOAT, ["N", 3, "H", "W"]) for i in range(inputs)]
+    nodes = [
+        helper.make_node("ReduceMean", ["x0"], ["mean"], axes=axes, keepdims=0),
+        helper.make_node("Mul", ["mean", "times"], ["y"]),
+    ]
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    weights = [numpy_helper.from_array(np.array(times, np.float32), "times")]
+    graph = helper.make_graph(nodes, "g", pictures, [made], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+@pytest.fixture
+def folders() -> None:
+    for seed, folder in enumerate(("guides", "a", "b", "real")):
+        Path(folder).mkdir()
+        for number in range(4):
+            picture(Path(folder, f"{number}.png"), 10 * seed + number)
+    network("features.onnx", 1, axes=[2, 3])
+
+
+KID = "evaluate --guides guides --methods a --real real --features features.onnx --subset-size 3 --subsets 2"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (f"{KID} --seed -1", "seed is -1; wanted a whole number from 0"),
+        (f"{KID} --subsets 1", "subsets is 1; wanted a whole number from 2"),
+        (f"{KID} --feature-input 99999999999:0:1", "size is 99999999999; wanted a whole number from 1 to 4096"),
+        (f"{KID} --feature-input own:nan:1", "low is nan; wanted a number in"),
+        (f"{KID} --feature-input own:0:inf", "high is inf; wanted a number in"),
+        ("evaluate --guides guides --methods a --subset-size 5", "--subset-size without --features"),
+        ("evaluate --guides guides --methods a --seed 5", "--seed without --features"),
+        ("evaluate --pairs a b -o p.html --seed 9007199254740992", "seed is 9007199254740992; wanted a whole number"),
+        ("evaluate --pairs a ./a -o p.html", "--pairs names a twice"),
+    ],
+)
+def test_evaluate_refuses(folders: None, refused: Refused, words: str, text: str) -> None:
+    refused(words, 2, text)
+
+
+def test_what_kid_is_asked_for_is_checked_before_a_network_runs(
+    folders: None, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdedit.features.FeatureNetwork.__call__", None)
+    refused(f"{KID} --subsets 1", 2, "subsets is 1")
+
+
+def test_networks_that_return_no_numbers_are_refused(folders: None, refused: Refused) -> None:
+    network("scalar.onnx", 1, axes=[0, 1, 2, 3])
+    refused(KID.replace("features.onnx", "scalar.onnx"), 1, "scalar.onnx: returned float32 () for 4 pictures")
+    network("nan.onnx", 2, axes=[1, 2, 3], times=np.nan)
+    refused("evaluate --guides guides --methods a --lpips nan.onnx --json", 1, "nan.onnx: returned NaN or Inf")
+
+
+def test_answers_that_nest_too_deep_are_none(refused: Refused) -> None:
+    Path("deep.json").write_text("[" * 200_000)
+    refused("evaluate --answers deep.json", 2, "deep.json: not answers of a page that --pairs wrote")
+
+
+@posix
+def test_names_that_are_not_unicode_are_shown_and_asked_about(run: Run) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    for folder in ("guides", "a", "b"):
+        Path(folder).mkdir()
+        picture(Path(folder, f"{name}.png"), len(folder))
+    ran = run("evaluate --guides guides --methods a b -o report.html")
+    assert ran.code == 0, ran.err
+    assert r"caf\udce9" in Path("report.html").read_text("utf-8")
+    assert run("evaluate --pairs a b -o pairs.html").code == 0
+    left = a_is_left(0, "realism", name)
+    answer = {"question": "realism", "name": name, "chosen": "left" if left else "right"}
+    Path("answers.json").write_text(json.dumps({"study": {"a": "a", "b": "b", "seed": 0}, "answers": [answer]}))
+    told = run("evaluate --answers answers.json --json")
+    assert json.loads(told.out)["preferences"][0]["share_a"] == 1
