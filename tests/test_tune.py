@@ -261,7 +261,7 @@ def test_realism_finds_the_smallest_t0_that_is_real_enough(tune, folder, model, 
         first, last = (trial.kid for trial in tuner.at([0.02, 1.0]))
     assert first > last
     wanted = max(last, 0) + 0.4 * (first - max(last, 0))
-    monkeypatch.setattr(features, "open_features", lambda path: means)
+    monkeypatch.setattr(features, "open_features", lambda path, convention: means)
     words = ("--set", "guides", "--real", "real", "--features", "net.onnx", "-n", "2")
     assert tune(*words, "--realism", f"KID<={wanted}", "--json") == 0
     told = json.loads(capsys.readouterr().out)
