@@ -16,10 +16,10 @@ def command_line(words: Sequence[str], arguments: argparse.Namespace) -> str:
     said = ["sdedit", *words]
     for name in (*RUNNING, *(field.name for field in fields(EditOptions) if field.name not in PLACED)):
         value = getattr(arguments, name, None)
-        if value is not None:
+        if value is not None and (name, words[0]) != ("batch", "edit"):  # which has no such option
             said += [f"--{name}", "{}x{}".format(*value) if name == "size" else str(value)]
     said += ["--fast"] if arguments.fast else []
     for flag, pairs in (("--set", arguments.set), ("--ep-option", arguments.ep_option)):
         for name, value in pairs or ():
-            said += [flag, f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"]
+            said += [flag, f"{name}={int(value) if isinstance(value, float) and value.is_integer() else value}"]
     return shlex.join(said)

@@ -101,9 +101,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError("no -o for the sheet", hint="-o SHEET.png; only --faithfulness and --realism go without")
     if measure == "kid" and None in (arguments.real, arguments.features):
         raise OptionError("--realism compares with real pictures", hint="--real DIR --features FILE.onnx")
+    if measure != "kid" and (given := [name for name in ("real", "features") if getattr(arguments, name) is not None]):
+        raise OptionError(f"--{given[0]} without --realism", hint='--realism "KID<=0.02", say; or leave it out')
     target = None if arguments.output is None else output_paths(Path(arguments.output), 1, (".png",))[0]
     if target is not None:
-        output.check([target], force=arguments.force, inputs=[*guides, *(masks or ())])
+        real = () if measure != "kid" else pictures_in(Path(arguments.real))
+        output.check([target], force=arguments.force, inputs=[*guides, *(masks or ()), *real])
     t0s = list(T0S) if arguments.t0s is None else arguments.t0s
     searched = measure is not None or arguments.interactive
 
@@ -147,6 +150,13 @@ def inputs(arguments: argparse.Namespace, folders: list[Path]) -> tuple[list[Pat
     names = pictures_of(folders[0])
     masks = None if arguments.masks is None else [mask_of(Path(arguments.masks), name) for name in names]
     return [folders[0] / name for name in names], masks
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Raises ImageError."""
+    from sdedit.listing import pictures_of
+
+    return [folder / name for name in pictures_of(folder)]
 
 
 class Shown:
@@ -234,7 +244,7 @@ def ask() -> str:
     """f, r or d; the end of the input is d."""
     while True:
         print("[f] more faithful  [r] more real  [d] done: ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.readline() if sys.stdin is not None else ""  # closed by the caller
         answer = line.strip().lower()[:1] if line else "d"
         if answer in ("f", "r", "d"):
             return answer
