@@ -95,6 +95,11 @@ def distance_outside(shape: tuple[int, ...], left: int, top: int, width: int, he
 
 def _inside(patch: Patch, source: Picture, target: Picture) -> Patch:
     """The patch, if it lies inside both pictures. Raises OptionError, ImageError."""
+    numbers = [patch.x, patch.y, patch.width, patch.height, *(patch.to or (0, 0))]
+    if len(numbers) != 6 or not all(isinstance(one, int | np.integer) for one in numbers):
+        raise OptionError(
+            f"a patch at {numbers}; wanted whole pixels", hint="Patch(source, x, y, width, height, (x, y))"
+        )
     size = f"{patch.width}x{patch.height}"
     if patch.width < 1 or patch.height < 1:
         raise OptionError(f"a patch of {size} pixels", hint="width and height are at least 1")

@@ -104,7 +104,7 @@ class Editor:
         """
         began = time.perf_counter()
         chosen = make_options(options).resolved(self.artifact.defaults)
-        jobs = self._jobs(_listed(guides), None if mask is None else _listed(mask), chosen)
+        jobs = self._jobs(listed(guides), None if mask is None else listed(mask), chosen)
         groups = grouped(self._windowed(jobs, chosen), chosen)
         budget = None
         if max_ms is not None:
@@ -296,5 +296,6 @@ def _sum(values: Iterable[float | None]) -> float | None:
     return None if None in known else sum(value for value in known if value is not None)
 
 
-def _listed(sources: Source | Sequence[Source]) -> list[Source]:
+def listed(sources: Source | Sequence[Source]) -> list[Source]:
+    """One or several, as a list."""
     return list(sources) if isinstance(sources, list | tuple) else [sources]  # type: ignore[list-item]

@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdedit import image
-from sdedit.checks import real
-from sdedit.editor import Editor
+from sdedit.checks import real, whole
+from sdedit.editor import Editor, listed
 from sdedit.errors import ImageError, OptionError
 from sdedit.image import Pixels, Source
 from sdedit.jobs import Job
 from sdedit.metrics import SUBSET_SIZE, kid, l2
 from sdedit.noise import result_seed
-from sdedit.options import EditOptions, make_options
+from sdedit.options import MOST, EditOptions, make_options
 from sdedit.results import Result
 from sdedit.schedule import latest_t0, plan
 
@@ -123,23 +123,26 @@ class Tuner:
 @contextmanager
 def open_tuner(
     editor: Editor,
-    guides: Sequence[Source],
+    guides: Source | Sequence[Source],
     *,
-    masks: Sequence[Source] | None = None,
+    masks: Source | Sequence[Source] | None = None,
     t0s: int = 1,
     **options: Any,
 ) -> Iterator[Tuner]:
-    """For the length of a `with` block, a Tuner of these guides.
+    """For the length of a `with` block, a Tuner of a guide, or of a list of them.
 
     masks: one for each guide. t0s: how many t0 will be tried at a time. options: the fields of EditOptions; `batch`
     is chosen for them where it is not given. Result number j has the seed it has in `Editor.edit`. Raises ImageError,
     OptionError.
     """
+    guides, masks = listed(guides), None if masks is None else listed(masks)
     if not guides:
         raise OptionError("no guide to tune", hint="pass at least one picture")
+    if masks is not None and len(masks) != len(guides):
+        raise OptionError(f"{len(masks)} masks for {len(guides)} guides", hint="give one mask for each guide")
     chosen = make_options(options).resolved(editor.artifact.defaults)
     if "batch" not in options:
-        edits = t0s * len(guides) * chosen.samples
+        edits = whole("t0s", t0s, 1, MOST, hint="how many t0 are tried at a time") * len(guides) * chosen.samples
         chosen = replace(chosen, batch=math.ceil(edits / math.ceil(edits / BATCH)))
     jobs = []
     for index, guide in enumerate(guides):
@@ -163,11 +166,16 @@ def search_t0(tuner: Tuner, measure: str, wanted: float, *, on_trial: Callable[[
     measure: "l2" or "kid". In at most EDITS trials, by regula falsi (Illinois) on the logarithms of t0 and of the
     value: L2 is nearly a power of t0 where t0 is small. Raises OptionError where no t0 has that value.
     """
+    if measure not in ("l2", "kid"):
+        raise OptionError(f"unknown measure {measure!r}", hint="choose one of l2, kid")
     wanted = real(measure, wanted, 0, 1e9, with_low=False, hint="a number above 0, such as 12.5 for l2")
     trials: list[Trial] = []
 
     def value(trial: Trial) -> float:
-        return float(getattr(trial, measure))
+        found = getattr(trial, measure)
+        if found is None:
+            raise OptionError("trials have no KID", hint="Tuner.compare_with tells them of real pictures")
+        return float(found)
 
     def off(t0: float) -> float:
         """How far the value at t0 is above the middle of what is accepted; negative below."""

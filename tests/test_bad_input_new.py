@@ -1,9 +1,11 @@
 """Wrong input to the commands of later days: told as test_bad_input.py demands it, and nothing changed on disk."""
 
+import argparse
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from test_bad_input import Ran, complaints, files, posix
 
+import sdedit
 from sdedit.cli.main import main
+from sdedit.cli.repeat import command_line
 from sdedit.opinions import a_is_left
 
 SHAPE = (3, 16, 16)
@@ -164,3 +168,83 @@ def test_names_that_are_not_unicode_are_shown_and_asked_about(run: Run) -> None:
     Path("answers.json").write_text(json.dumps({"study": {"a": "a", "b": "b", "seed": 0}, "answers": [answer]}))
     told = run("evaluate --answers answers.json --json")
     assert json.loads(told.out)["preferences"][0]["share_a"] == 1
+
+
+# --- tune ------------------------------------------------------------------------------------------------------------
+
+TUNE = "tune guide.png -m model.onnx --threads 1 --steps 2 -n 1"
+
+
+@pytest.mark.parametrize("given", ["--real .", "--features model.onnx"])
+def test_tune_refuses_what_it_would_ignore(refused: Refused, given: str) -> None:
+    refused(f"{TUNE} -o sheet.png {given}", 2, f"{given.split()[0]} without --realism")
+
+
+def test_a_sheet_overwrites_no_real_picture(folders: None, refused: Refused) -> None:
+    words = f"{TUNE} --realism 0.1 --real real --features features.onnx -o real/0.png --force"
+    refused(words, 1, "real/0.png: would overwrite an input")
+
+
+def test_questions_end_where_there_is_nobody_to_ask(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)  # closed by the caller
+    ran = run(f"{TUNE} --interactive -o sheet.png")
+    assert ran.code == 0, ran.err
+    assert ran.out.splitlines()[0] == "sheet.png"
+
+
+@pytest.mark.parametrize("batch", ["", " --batch 1"])
+def test_the_command_that_tune_prints_is_one(run: Run, batch: str) -> None:
+    ran = run(f"{TUNE} --l2 5{batch}")
+    assert ran.code == 0, ran.err
+    assert run(ran.out.splitlines()[-1].removeprefix("sdedit ")).code == 0
+
+
+def test_the_command_that_tune_prints_has_every_digit_of_a_condition() -> None:
+    given = argparse.Namespace(fast=None, ep_option=None, set=[("label", 1234567.0), ("scale", 0.12345678)])
+    assert command_line(["edit"], given) == "sdedit edit --set label=1234567 --set scale=0.12345678"
+
+
+# --- from Python -----------------------------------------------------------------------------------------------------
+
+PIXELS = np.zeros((16, 16, 3), np.uint8)
+
+
+def test_a_tuner_takes_one_guide_as_an_edit_does() -> None:
+    with sdedit.open_tuner(sdedit.load("model.onnx"), "guide.png", masks="mask.png", steps=2) as tuner:
+        assert len(tuner.at([0.3])[0].pictures) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"masks": []}, "0 masks for 1 guides"),
+        ({"t0s": 0}, "t0s is 0; wanted a whole number from 1"),
+    ],
+)
+def test_a_tuner_refuses(options: dict[str, Any], text: str) -> None:
+    with (
+        pytest.raises(sdedit.OptionError, match=text),
+        sdedit.open_tuner(sdedit.load("model.onnx"), [PIXELS], steps=2, **options),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("measure", "text"), [("kid", "trials have no KID"), ("l3", "unknown measure 'l3'")])
+def test_a_search_is_for_what_trials_have(measure: str, text: str) -> None:
+    editor = sdedit.load("model.onnx")
+    with sdedit.open_tuner(editor, [PIXELS], steps=2) as tuner, pytest.raises(sdedit.OptionError, match=text):
+        sdedit.search_t0(tuner, measure, 1.0)
+
+
+@pytest.mark.parametrize(
+    "patch", [(0, 0, 4.5, 4), (0, 0, float("nan"), 4), (0, 0, 4, 4, (1.5, 2)), (0, 0, 4, 4, (1,)), ("0", 0, 4, 4)]
+)
+def test_patches_are_whole_pixels(patch: tuple[Any, ...]) -> None:
+    with pytest.raises(sdedit.OptionError, match="wanted whole pixels"):
+        sdedit.compose(PIXELS, [sdedit.Patch(PIXELS, *patch)])
+
+
+def test_kid_has_the_seeds_that_edits_have() -> None:
+    features = np.eye(4)
+    with pytest.raises(sdedit.OptionError, match="seed is -1; wanted a whole number"):
+        sdedit.kid(features, features, subset_size=3, seed=-1)
