@@ -15,6 +15,7 @@ PACKAGES = (
     "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx",
     "cuda-bindings", "pycuda", "torch", "onnx",
 )  # fmt: skip
+OTHER_CACHES = {"graph cache": "graphs", "what --fast found": "fastest"}  # title -> kind of cache_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,9 @@ def show(findings: dict[str, Any]) -> None:
         print(f"  {cuda['cause']}\n  fix: {cuda['fix']}")
     print("\nplan cache")
     print(f"  {plans['folder']}: {plans['plans']} plans, {plans['bytes'] / 1e6:.1f} MB")
+    for title, kind in OTHER_CACHES.items():
+        kept = findings[f"{kind}_cache"]
+        print(f"\n{title}\n  {kept['folder']}: {kept['entries']} entries, {kept['bytes'] / 1e6:.1f} MB")
     for warning in findings["warnings"]:
         print(f"\nwarning: {warning}")
 
@@ -77,8 +81,18 @@ def examine() -> dict[str, Any]:
         "plan_cache": {
             "folder": str(plans.folder), "plans": plans.plans, "bytes": plans.bytes, "damaged": list(plans.damaged),
         },
+        **{f"{kind}_cache": cached(kind) for kind in OTHER_CACHES.values()},
         "warnings": [*misfits(packages), *(f"{damage}; it is built again when needed" for damage in plans.damaged)],
     }  # fmt: skip
+
+
+def cached(kind: str) -> dict[str, Any]:
+    """What one of the caches holds."""
+    from sdedit.cache_folder import cache_folder
+
+    folder = cache_folder(kind)
+    sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+    return {"folder": str(folder), "entries": len(list(folder.glob("[!.]*"))), "bytes": sum(sizes)}
 
 
 def misfits(packages: Mapping[str, str | None]) -> list[str]:
