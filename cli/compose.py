@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdedit.cli.arguments import add_json
 from sdedit.cli.exits import OK
-from sdedit.cli.terminal import say
+from sdedit.cli.terminal import print_json, say
 from sdedit.errors import OptionError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blend", metavar="B", help="poisson or laplacian: write a classical composite instead, to compare with"
     )
     parser.add_argument("--force", action="store_true", help="replace existing output files")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,7 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     together = len({path.parent.resolve() for path in paths}) == 1
     for group in [outputs] if together else [[one] for one in outputs]:
         output.write_all(group)
-    print(*paths, sep="\n")
+    if arguments.json:
+        print_json({"guide": arguments.output, "mask": arguments.mask_out, "notes": made.notes})
+    else:
+        print(*paths, sep="\n")
     return OK
 
 

@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from sdedit.cli.arguments import add_json
 from sdedit.cli.exits import OK
-from sdedit.cli.terminal import say
+from sdedit.cli.terminal import print_json, say
 from sdedit.errors import OptionError
 
 HELP = "make guides of photographs: the paper's simulated stroke paintings"
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="width of the median filter on a 256x256 picture; scaled with the shorter side (default 23)",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace existing output files")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,7 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
         painting = strokes(read.pixels, colors=arguments.colors, kernel=arguments.kernel)
         outputs.append((path, output.png(np.asarray(painting))))
     output.write_all(outputs)
-    print(*paths, sep="\n")
+    if arguments.json:
+        print_json({"outputs": [str(path) for path in paths]})
+    else:
+        print(*paths, sep="\n")
     return OK
 
 
