@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     running = parser.add_argument_group("what runs")
     running.add_argument(
-        "--backend", default="auto", metavar="B", help="auto (default), ort-cpu, ort-cuda, ort-tensorrt, tensorrt …"
+        "--backend", default="auto", metavar="B", help="auto (default), ort-cpu, openvino, ort-cuda, tensorrt …"
     )
     running.add_argument("--ep-option", type=pair, action="append", metavar="KEY=VALUE", help="as for 'sdedit edit'")
     running.add_argument("--threads", type=int, metavar="T", help="CPU threads of the network (default: every core)")
@@ -90,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
                 print_json({"address": listening.address, "backend": backend.name, "batch": batch})
             else:
                 print(listening.address)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by the caller
+                sys.stdout.flush()
 
         server.run(Service(editor, batch, limits), model, listening, on_ready)
     return OK

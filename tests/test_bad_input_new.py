@@ -3,6 +3,11 @@
 import argparse
 import json
 import os
+import re
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,3 +253,69 @@ def test_kid_has_the_seeds_that_edits_have() -> None:
     features = np.eye(4)
     with pytest.raises(sdedit.OptionError, match="seed is -1; wanted a whole number"):
         sdedit.kid(features, features, subset_size=3, seed=-1)
+
+
+# --- serve, doctor, and one object for --json ------------------------------------------------------------------------
+
+SERVE = [sys.executable, "-m", "sdedit.cli.main", "serve", "-m", "model.onnx", "--threads", "1"]
+
+
+@posix
+def test_a_service_whose_caller_has_left_ends() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run([*SERVE, "--port", "0"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=30)
+    os.close(write)
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+@posix
+def test_a_service_needs_no_stdout() -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *SERVE, "--socket", "s"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as service:
+        try:
+            until = time.monotonic() + 30
+            while b" 200 " not in ready("s") and service.poll() is None and time.monotonic() < until:
+                time.sleep(0.05)
+        finally:
+            service.terminate()
+        said = service.communicate(timeout=30)[1]
+    assert service.returncode == 0, said
+    assert "Traceback" not in said
+
+
+def ready(path: str) -> bytes:
+    """The first line that a service on a Unix socket answers to GET /readyz."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as opened:
+        try:
+            opened.connect(path)
+            opened.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
+            return opened.recv(100).partition(b"\r\n")[0]
+        except OSError:
+            return b""
+
+
+def test_doctor_shows_every_cache(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDEDIT_CACHE", "cache")
+    monkeypatch.setattr("sdedit.cli.doctor.try_backend", lambda name: {"name": name, "works": True})
+    assert run(f"{EDIT} --fast").code == 0
+    told = json.loads(run("doctor --json").out)
+    assert told["fastest_cache"]["folder"] == str(Path("cache", "fastest"))
+    assert told["fastest_cache"]["entries"] == 1
+    assert told["fastest_cache"]["bytes"] > 0
+    assert told["graphs_cache"]["entries"] == 0
+    assert re.search(r"^what --fast found\n  cache/fastest: 1 entries", run("doctor").out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("strokes guide.png -o s.png", {"outputs": ["s.png"]}),
+        ("compose guide.png --patch guide.png@0,0,4,4:8,8 -o c.png", {"guide": "c.png", "mask": None, "notes": []}),
+    ],
+)
+def test_json_is_one_object(run: Run, words: str, told: dict[str, Any]) -> None:
+    ran = run(f"{words} --json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out) == told

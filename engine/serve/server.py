@@ -42,7 +42,7 @@ def require() -> None:
 def run(service: Service, model: dict[str, Any], listener: Listener, on_ready: Callable[[], None]) -> None:
     """Serve on a bound socket until SIGTERM or SIGINT, then drain. A second signal leaves at once.
 
-    model: what GET /model answers. on_ready: called when the warm-up is done. Raises what the warm-up raised.
+    model: what GET /model answers. on_ready: called when the warm-up is done. Raises what these two raised.
     """
     asyncio.run(create(service, model, listener, on_ready).serve())
 
@@ -72,10 +72,9 @@ def create(
         async def _announce(self) -> None:
             try:
                 await asyncio.wrap_future(service.batcher.warm)
+                on_ready()
             except Exception as error:
                 self.failure, self.should_exit = error, True
-            else:
-                on_ready()
 
         async def shutdown(self, sockets: Any = None) -> None:
             service.drain()
