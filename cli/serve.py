@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", default="auto", metavar="B", help="auto (default), ort-cpu, openvino, ort-cuda, tensorrt …"
     )
     running.add_argument("--ep-option", type=pair, action="append", metavar="KEY=VALUE", help="as for 'sdedit edit'")
+    running.add_argument("--precision", metavar="P", help="as for 'sdedit edit'")
+    running.add_argument("--fast", action="store_true", help="as for 'sdedit edit'")
     running.add_argument("--threads", type=int, metavar="T", help="CPU threads of the network (default: every core)")
     running.add_argument(
         "--batch", type=int, default=1, metavar="N",
@@ -74,10 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
         editor = sdedit.load(
             arguments.model,
             backend=arguments.backend,
+            precision=arguments.precision,
+            fast=arguments.fast,
             threads=arguments.threads,
             provider_options=dict(arguments.ep_option or ()),
         )
         path = artifact.BUNDLED if arguments.model is None else Path(arguments.model)
+        path = editor.artifact.path if arguments.fast else path  # which may be that of another export
         model = describe(path)[1] | {"path": path.name}
         backend = editor.backend
         say(f"{editor.artifact.name} on {backend.name}, {backend.precision}, batch {batch}: warming up")

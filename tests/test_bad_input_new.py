@@ -260,6 +260,14 @@ def test_kid_has_the_seeds_that_edits_have() -> None:
 SERVE = [sys.executable, "-m", "sdedit.cli.main", "serve", "-m", "model.onnx", "--threads", "1"]
 
 
+def test_a_service_loads_its_model_as_an_edit_does(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor, given = sdedit.load("model.onnx"), {}
+    monkeypatch.setattr(sdedit, "load", lambda model, **options: given.update(options) or editor)
+    monkeypatch.setattr("sdedit.serve.server.run", lambda *_: None)
+    assert run("serve -m model.onnx --port 0 --fast --precision bf16 --backend openvino").code == 0
+    assert (given["fast"], given["precision"], given["backend"]) == (True, "bf16", "openvino")
+
+
 @posix
 def test_a_service_whose_caller_has_left_ends() -> None:
     read, write = os.pipe()
