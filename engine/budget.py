@@ -91,6 +91,6 @@ def checked_max_ms(max_ms: object) -> float:
 
 def checked_spent_ms(spent_ms: object) -> float:
     """`spent_ms` as a float. Raises OptionError."""
-    if isinstance(spent_ms, bool) or not isinstance(spent_ms, Number) or not abs(spent_ms) < math.inf:
+    if isinstance(spent_ms, bool) or not isinstance(spent_ms, Number) or not -math.inf < spent_ms < math.inf:
         raise OptionError(f"spent_ms is {spent_ms!r}; wanted milliseconds", hint="0 counts from the call")
     return float(spent_ms)
