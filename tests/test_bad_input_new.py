@@ -21,6 +21,7 @@ from PIL import Image
 from test_bad_input import Ran, complaints, files, posix
 
 import sdedit
+from sdedit.bench import Bench, Effort, expand
 from sdedit.cli.main import main
 from sdedit.cli.repeat import command_line
 from sdedit.opinions import a_is_left
@@ -125,7 +126,6 @@ KID = "evaluate --guides guides --methods a --real real --features features.onnx
     ("words", "text"),
     [
         (f"{KID} --seed -1", "seed is -1; wanted a whole number from 0"),
-        (f"{KID} --subsets 1", "subsets is 1; wanted a whole number from 2"),
         (f"{KID} --feature-input 99999999999:0:1", "size is 99999999999; wanted a whole number from 1 to 4096"),
         (f"{KID} --feature-input own:nan:1", "low is nan; wanted a number in"),
         (f"{KID} --feature-input own:0:inf", "high is inf; wanted a number in"),
@@ -247,6 +247,11 @@ def test_a_search_is_for_what_trials_have(measure: str, text: str) -> None:
 def test_patches_are_whole_pixels(patch: tuple[Any, ...]) -> None:
     with pytest.raises(sdedit.OptionError, match="wanted whole pixels"):
         sdedit.compose(PIXELS, [sdedit.Patch(PIXELS, *patch)])
+
+
+def test_a_model_may_be_a_path_in_a_benchmark() -> None:
+    bench = Bench(expand([Path("model.onnx")], {"steps": [1], "threads": [1]}), Effort(runs=1, rounds=1))
+    assert list(bench.visits()) == [1, 2]
 
 
 def test_kid_has_the_seeds_that_edits_have() -> None:

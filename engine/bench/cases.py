@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from sdedit.errors import OptionError
@@ -46,7 +47,9 @@ AXES = tuple(f for f in fields(Case) if f.metadata)
 
 
 def expand(
-    models: Sequence[str | None], lists: Mapping[str, Sequence[Any]], conditions: Mapping[str, float] | None = None
+    models: Sequence[str | Path | None],
+    lists: Mapping[str, Sequence[Any]],
+    conditions: Mapping[str, float] | None = None,
 ) -> list[Case]:
     """The cases: every model with every combination of the listed values, the last name varying fastest.
 
@@ -61,10 +64,11 @@ def expand(
         if len(set(values)) < len(values):
             twice = next(value for value in values if list(values).count(value) > 1)
             raise OptionError(f"{name} lists {twice} twice", hint="name every value once")
+    names = [None if model is None else str(model) for model in models]
     ordered = [name for name in known if name in lists]
     given = tuple((conditions or {}).items())
     return [
         Case(model, conditions=given, **dict(zip(ordered, values, strict=True)))
-        for model in models
+        for model in names
         for values in product(*(lists[name] for name in ordered))
     ]
