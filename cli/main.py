@@ -45,7 +45,7 @@ def build_parser(names: Sequence[str] = COMMANDS) -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 failed, 2 usage, 130 interrupted.
+    """Run one command. Returns the exit code: 0, 1 failed, 2 usage, 3 out of tolerance, 130 interrupted.
 
     argparse leaves by SystemExit, for -h with 0 and for words it does not know with 2.
     """
