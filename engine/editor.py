@@ -138,6 +138,8 @@ class Editor:
         if budget is not None:
             times.step_ms.append(timings.loop_ms / total)
         notes = dict.fromkeys(note for executor in used for note in executor.notes)
+        if chosen.region != "full" and mask is not None and not self._takes_windows:
+            notes[f"region {chosen.region}: {self.artifact.name} has one size here, so its whole frame was run"] = None
         return EditResult(results, chosen, timings, tuple(notes), budget)
 
     def prepare(self, guide: Source, options: EditOptions, *, seed: int = 0, mask: Source | None = None) -> Job:
@@ -216,10 +218,14 @@ class Editor:
 
     def _windowed(self, jobs: list[Job], options: EditOptions) -> list[Job]:
         """Windows instead of whole frames, where that is asked for, possible, and cheaper."""
-        described = self.artifact.metadata["image"]
-        if options.region == "full" or not (described.get("dynamic") and self.backend.takes_windows):
+        if options.region == "full" or not self._takes_windows:
             return jobs
-        return [piece for job in jobs for piece in job.windowed(int(described.get("multiple", 1)))]
+        multiple = int(self.artifact.metadata["image"].get("multiple", 1))
+        return [piece for job in jobs for piece in job.windowed(multiple)]
+
+    @property
+    def _takes_windows(self) -> bool:
+        return bool(self.artifact.metadata["image"].get("dynamic")) and self.backend.takes_windows
 
     def _jobs(self, guides: list[Source], masks: list[Source] | None, options: EditOptions) -> list[Job]:
         if not guides:

@@ -94,6 +94,12 @@ def test_fast_says_that_there_is_no_export_of_the_precision(refused: Refused) ->
     refused(f"{EDIT} --fast --precision int8", 1, "nothing here runs closed-form in int8")
 
 
+def test_a_region_that_a_model_cannot_have_is_told(run: Run) -> None:
+    ran = run(f"{EDIT} --mask mask.png --region auto")
+    assert ran.code == 0
+    assert "region auto: closed-form has one size here, so its whole frame was run" in ran.err
+
+
 # --- evaluate --------------------------------------------------------------------------------------------------------
 
 
