@@ -35,7 +35,8 @@ def as_csv(report: Report) -> str:
     written = io.StringIO()
     rows = csv.writer(written, lineterminator="\n")
     names = [f"{name}{part}" for name in COLUMNS for part in ("", "_standard_error")]
-    rows.writerow(["method", *names, "outside_largest", *report["conditions"]])
+    conditions = (f"{name}_network" if name in COLUMNS else name for name in report["conditions"])  # of LPIPS, say
+    rows.writerow(["method", *names, "outside_largest", *conditions])
     for row in report["methods"]:
         cells = [(row[name] or {}).get(key) for name in COLUMNS for key in ("value", "standard_error")]
         largest = (row["outside"] or {}).get("largest")

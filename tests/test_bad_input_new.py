@@ -1,6 +1,7 @@
 """Wrong input to the commands of later days: told as test_bad_input.py demands it, and nothing changed on disk."""
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -157,6 +158,15 @@ def test_networks_that_return_no_numbers_are_refused(folders: None, refused: Ref
     refused(KID.replace("features.onnx", "scalar.onnx"), 1, "scalar.onnx: returned float32 () for 4 pictures")
     network("nan.onnx", 2, axes=[1, 2, 3], times=np.nan)
     refused("evaluate --guides guides --methods a --lpips nan.onnx --json", 1, "nan.onnx: returned NaN or Inf")
+
+
+def test_every_column_of_a_table_has_a_name_of_its_own(folders: None, run: Run) -> None:
+    network("lpips.onnx", 2, axes=[1, 2, 3])
+    assert run("evaluate --guides guides --methods a --lpips lpips.onnx -o report.csv").code == 0
+    with open("report.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[1]["lpips"]) == pytest.approx(0, abs=1)
+    assert rows[1]["lpips_network"].startswith("name=lpips.onnx ")
 
 
 def test_answers_that_nest_too_deep_are_none(refused: Refused) -> None:
