@@ -54,6 +54,8 @@ def a_is_left(seed: int, question: str, name: str) -> bool:
 
 def preferences(paths: Sequence[str | Path]) -> tuple[str, str, list[Preference]]:
     """The names of A and B, and a row for every question, from files of answers. Raises OptionError."""
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise OptionError("a file of answers is named twice", hint="name every file once: each answer counts once")
     methods: tuple[str, str] | None = None
     for_a: dict[str, list[bool]] = {}
     for path in paths:

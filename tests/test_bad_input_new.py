@@ -140,6 +140,7 @@ KID = "evaluate --guides guides --methods a --real real --features features.onnx
         ("evaluate --guides guides --methods a --seed 5", "--seed without --features"),
         ("evaluate --pairs a b -o p.html --seed 9007199254740992", "seed is 9007199254740992; wanted a whole number"),
         ("evaluate --pairs a ./a -o p.html", "--pairs names a twice"),
+        ("evaluate --answers a.json ./a.json", "a file of answers is named twice"),
     ],
 )
 def test_evaluate_refuses(folders: None, refused: Refused, words: str, text: str) -> None:
