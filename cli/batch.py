@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_schedule(parser)
     parser.add_argument("--seed", type=int, help="with a file's path below IN it makes the file's seed (default 0)")
     add_running(parser)
-    parser.add_argument("--batch", type=int, metavar="N", help="pictures in a network call (default 4; a plan's own)")
+    parser.add_argument("--batch", type=int, metavar="N", help="pictures in a network call (default 8; a plan's own)")
     parser.add_argument(
         "--workers", type=int, metavar="N",
         help="threads that read and write pictures (default: one a core, at most 4); with --ray, actors that hold a "

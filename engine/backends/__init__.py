@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ORT = ("ort-cpu", "ort-cuda", "ort-tensorrt")
 TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the library's module
 BACKENDS = (*ORT, "openvino", *TENSORRT)
-USUAL_BATCH = 4  # within a few percent of the fastest for small networks, and no burden for large ones
+USUAL_BATCH = 8  # within two percent of the fastest for small networks, and no burden for large ones
 CPU = ("ort-cpu", "openvino")
 GPU = ("tensorrt", "tensorrt-rtx", "ort-cuda")  # of those, best first
 AUTO_ORDER = (*GPU, *CPU)  # best first; all keep the artifact's own precision
