@@ -35,9 +35,11 @@ from sdedit.executor import Batch, HostExecutor
 SDES = {"vp": sdedit.VP(0.1, 20.0), "ve": sdedit.VE(0.02, 60.0)}
 SHAPES = [(1, 3, 64, 64), (4, 3, 256, 256), (2, 3, 5, 7)]
 STEPS, RUNS = 50, 20
+SMALL = [(2, 3, 5, 7), (1, 3, 24, 24)]  # enough for a tool that makes everything a hundred times slower
 GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-tensorrt")
 
 Row = dict[str, Any]
+Shape = tuple[int, int, int, int]
 
 
 # --- correctness -------------------------------------------------------------------------------------------------
@@ -49,7 +51,7 @@ class Identity:
     capturable = True
     stream: int | None = None
 
-    def __init__(self, driver: Driver, shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, driver: Driver, shape: Shape) -> None:
         self._driver, self._nbytes = driver, 4 * int(np.prod(shape))
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
@@ -66,7 +68,7 @@ class Identity:
 
 
 @contextmanager
-def identity_loop(driver: Driver, shape: tuple[int, int, int, int]) -> Iterator[DeviceLoop]:
+def identity_loop(driver: Driver, shape: Shape) -> Iterator[DeviceLoop]:
     loop = DeviceLoop(driver, Identity(driver, shape), shape)
     try:
         yield loop
@@ -74,10 +76,10 @@ def identity_loop(driver: Driver, shape: tuple[int, int, int, int]) -> Iterator[
         loop.close()
 
 
-def check_normals(driver: Driver) -> Row:
+def check_normals(driver: Driver, shapes: list[Shape]) -> Row:
     """A table that makes x the noise itself, looked at through the identity network one step later."""
     compared = differing = 0
-    for shape in SHAPES:
+    for shape in shapes:
         table = sdedit.StepTable(np.array([[1, 0, 0, 1, 0, 1]] * 8, float))
         seeds = [2**64 - 1 - 5 * j for j in range(shape[0])]
         noise = sdedit.Noise(seeds, shape[1:])
@@ -93,7 +95,7 @@ def check_normals(driver: Driver) -> Row:
     return {"check": "normals", "passed": differing == 0, "found": f"{differing} of {compared} differ from NumPy's"}
 
 
-def edits(shape: tuple[int, int, int, int]) -> Iterator[tuple[str, sdedit.StepTable, Any, Any, list[int]]]:
+def edits(shape: Shape) -> Iterator[tuple[str, sdedit.StepTable, Any, Any, list[int]]]:
     rng = np.random.default_rng(0)
     guide = rng.uniform(-1, 1, shape).astype(np.float32)
     mask = rng.uniform(0, 1, (shape[0], 1, *shape[2:])).astype(np.float32)
@@ -104,9 +106,9 @@ def edits(shape: tuple[int, int, int, int]) -> Iterator[tuple[str, sdedit.StepTa
                 yield f"{kind} {sampler}", table, guide, omega, list(range(shape[0]))
 
 
-def check_against_host(driver: Driver) -> Row:
+def check_against_host(driver: Driver, shapes: list[Shape]) -> Row:
     worst, where = 0.0, ""
-    for shape in SHAPES:
+    for shape in shapes:
         with identity_loop(driver, shape) as loop:
             for name, table, guide, mask, seeds in edits(shape):
                 batch = Batch(guide, mask, seeds, table, repeats=2)
@@ -119,9 +121,9 @@ def check_against_host(driver: Driver) -> Row:
     return {"check": "device loop", "passed": worst <= 1e-6, "found": f"{worst:.1e} from the host loop {where}"}
 
 
-def check_captured(driver: Driver) -> Row:
+def check_captured(driver: Driver, shapes: list[Shape]) -> Row:
     differing = 0
-    for shape in SHAPES:
+    for shape in shapes:
         for _, table, guide, mask, seeds in edits(shape):
             with identity_loop(driver, shape) as captured, identity_loop(driver, shape) as eager:
                 eager._captures = False
@@ -139,7 +141,7 @@ def check_sanitizer() -> Row:
         return {"check": "compute-sanitizer", "passed": None, "found": "skipped: not installed"}
     found = []
     for kind in ("memcheck", "racecheck", "initcheck"):
-        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--only-kernels"]
+        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--only-kernels", "--small"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         except subprocess.TimeoutExpired:
@@ -177,7 +179,7 @@ def timed_us(driver: Driver, stream: int, enqueue: Callable[[], Any], count: int
     return spread(samples[3:])
 
 
-def loop_us(driver: Driver, network: DeviceNetwork, shape: tuple[int, int, int, int]) -> Row:
+def loop_us(driver: Driver, network: DeviceNetwork, shape: Shape) -> Row:
     """A step of an edit: by events around all of them, and by the host's clock around the launch."""
     table, guide = sdedit.plan(SDES["vp"], t0=0.5, steps=STEPS), np.zeros(shape, np.float32)
     loop = DeviceLoop(driver, network, shape)
@@ -201,7 +203,7 @@ def loop_us(driver: Driver, network: DeviceNetwork, shape: tuple[int, int, int, 
         driver.free_event(end)
 
 
-def network_us(driver: Driver, network: DeviceNetwork, shape: tuple[int, int, int, int]) -> dict[str, float]:
+def network_us(driver: Driver, network: DeviceNetwork, shape: Shape) -> dict[str, float]:
     """The network alone: a graph of as many evaluations as an edit has, or single ones where it cannot be captured."""
     loop = DeviceLoop(driver, network, shape)  # whose buffers it is bound to
     stream, graphs = loop.stream, driver.graphs
@@ -221,7 +223,7 @@ def network_us(driver: Driver, network: DeviceNetwork, shape: tuple[int, int, in
         loop.close()
 
 
-def row_of(driver: Driver, name: str, network: Callable[[], DeviceNetwork], shape: tuple[int, int, int, int]) -> Row:
+def row_of(driver: Driver, name: str, network: Callable[[], DeviceNetwork], shape: Shape) -> Row:
     alone = network_us(driver, network(), shape)
     whole = loop_us(driver, network(), shape)
     fused = loop_us(driver, Silence(driver, shape), shape)["step_us"]
@@ -277,7 +279,7 @@ def torch_rows(driver: Driver) -> Iterator[Row]:
         capturable = True
         stream: int | None = None
 
-        def __init__(self, net: Any, shape: tuple[int, int, int, int], kind: Any) -> None:
+        def __init__(self, net: Any, shape: Shape, kind: Any) -> None:
             self._net, self._shape, self._kind = net, shape, kind
 
         def bind(self, x: int, sigma: int, denoised: int) -> None:
@@ -360,6 +362,8 @@ def main() -> int:
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL.onnx", help="beside the bundled model")
     parser.add_argument("-o", "--output", type=Path, help="write the whole result as JSON")
     parser.add_argument("--only-kernels", action="store_true", help="the checks of our own kernels, no timing")
+    parser.add_argument("--small", action="store_true", help="check few and small shapes")
+    parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out: it takes minutes")
     arguments = parser.parse_args()
     try:
         driver = open_driver()
@@ -367,10 +371,12 @@ def main() -> int:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         return 1
     with driver.current():
-        checks = [show_check(check(driver)) for check in (check_normals, check_against_host, check_captured)]
+        shapes = SMALL if arguments.small else SHAPES
+        checks = [show_check(check(driver, shapes)) for check in (check_normals, check_against_host, check_captured)]
         rows: list[Row] = []
         if not arguments.only_kernels:
-            checks.append(show_check(check_sanitizer()))
+            if not arguments.no_sanitizer:
+                checks.append(show_check(check_sanitizer()))
             columns = ("network µs", "fused µs", "gaps µs", "outside", "host µs/step", "MiB")
             print(f"\n{'network':<42}" + "".join(f"{name:>14}" for name in columns))
             found = itertools.chain(product_rows(driver, [None, *arguments.models]), torch_rows(driver))
