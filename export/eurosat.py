@@ -6,6 +6,7 @@ Classification". 27,000 Sentinel-2 pictures of 64x64 pixels in ten classes, MIT 
 
 import io
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -40,12 +41,13 @@ def is_held_out(name: str) -> bool:
 
 def load(archive: Path, held_out: bool) -> tuple[NDArray[np.uint8], list[str]]:
     """One side of the split: (N, 64, 64, 3) uint8, stretched and detailed, and the N file names, sorted by name."""
-    pictures, names = [], []
-    with zipfile.ZipFile(archive) as files:
-        for name in sorted(files.namelist()):
-            if name.endswith(".jpg") and is_held_out(name) == held_out:
-                picture = stretch(np.asarray(Image.open(io.BytesIO(files.read(name))).convert("RGB")))
-                if detail(picture) >= LEAST_DETAIL:
-                    pictures.append(picture)
-                    names.append(name)
-    return np.stack(pictures), names
+    with zipfile.ZipFile(archive) as files, ThreadPoolExecutor() as threads:
+
+        def read(name: str) -> NDArray[np.uint8] | None:
+            picture = stretch(np.asarray(Image.open(io.BytesIO(files.read(name))).convert("RGB")))
+            return picture if detail(picture) >= LEAST_DETAIL else None
+
+        names = sorted(name for name in files.namelist() if name.endswith(".jpg") and is_held_out(name) == held_out)
+        pictures = dict(zip(names, threads.map(read, names), strict=True))
+    chosen = {name: picture for name, picture in pictures.items() if picture is not None}
+    return np.stack(list(chosen.values())), list(chosen)

@@ -5,28 +5,36 @@ raw network has unit variance at every noise level. Convolutions and linear maps
 (Jordan 2024), the rest by Adam. The learning rate is constant, then falls linearly to zero over the
 last part; weights are averaged (EMA).
 
-Resumable and deterministic: what step n draws depends on the seed and n alone, so a run that was
-interrupted and started again with the same command continues as if nothing had happened. Choose --images
-before starting: the fall of the learning rate is placed by it.
+Pictures, batches and losses stay on the device; the host waits for it at checkpoints only.
+
+Resumable: what step n draws depends on the seed, n and the kind of device alone, so a run that was
+interrupted (SIGTERM saves first) and started again with the same command continues as if nothing had
+happened; on a CPU to the last bit. Choose --images before starting: the fall of the learning rate is placed
+by it. With --minutes it is placed by the clock instead, and no two runs are the same.
 """
 
 import argparse
 import copy
+import math
 import os
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdedit.export import eurosat
+from sdedit.export.muon import MuonAdam
 from sdedit.export.networks.patch_unet import PatchUNet
 
-LOG_SIGMA_MEAN, LOG_SIGMA_STD = -0.4, 1.3  # of the noise levels trained on
+# Of the noise levels trained on. Sampling with the cosine schedule visits ln σ with mean 0 and deviation π/2;
+# a little lower, because edits start part of the way.
+LOG_SIGMA_MEAN, LOG_SIGMA_STD = -0.3, 1.5
 WARMUP_STEPS = 100
+SAVE_SECONDS = 30
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,171 +43,203 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("data", type=Path, help="EuroSAT_RGB.zip")
     parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint, written and resumed from")
-    parser.add_argument("--images", type=int, default=2_000_000, help="training length (default %(default)s)")
+    parser.add_argument("--weights", type=Path, help="checkpoint whose averaged weights to begin with")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--images", type=int, default=2_000_000, help="training length (default %(default)s)")
+    length.add_argument("--minutes", type=float, help="training length by the clock, compilation not counted")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--widths", type=int, nargs="+", default=[48, 96, 192])
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.25, help="part of the run over which the rate falls")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the weight average, a step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=250, metavar="STEPS")
+    parser.add_argument("--save-every", type=int, metavar="STEPS", help=f"(default: every {SAVE_SECONDS} seconds)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"),
+        help="of convolutions, matrix products and attention in training (default: bf16 on a GPU that has it)",
+    )  # fmt: skip
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the loss (default: on a GPU)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    gpu = torch.device(options.device).type == "cuda"
+    if options.precision is None:
+        options.precision = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if options.compile is None:
+        options.compile = gpu
+    return options
 
 
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+def draw_batch(pictures: Tensor, batch: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What step `step` trains on, drawn where the pictures are: clean images, noise levels, unit noise.
+
+    pictures: (N, S, S, 3) uint8. Each image is one of them under one of the square's eight symmetries, (3, S, S)
+    float32 in [-1, 1]. The noise levels are stratified: one in each of `batch` parts of equal probability.
+    """
+    device = pictures.device
+    mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    generator = torch.Generator(device).manual_seed(int(mixed[0]))
+    chosen = pictures[torch.randint(len(pictures), (batch,), generator=generator, device=device)]
+    transposed, mirrored, upended = torch.randint(2, (3, batch, 1, 1, 1), generator=generator, device=device).bool()
+    chosen = torch.where(transposed, chosen.transpose(1, 2), chosen)
+    chosen = torch.where(mirrored, chosen.flip(2), chosen)
+    chosen = torch.where(upended, chosen.flip(1), chosen)
+    clean = (chosen.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+    offset = torch.rand(batch, generator=generator, device=device)
+    quantile = (torch.arange(batch, device=device) + offset) / batch
+    normal = torch.special.ndtri(quantile.clamp(1e-6, 1 - 1e-6))
+    noise = torch.randn(clean.shape, generator=generator, device=device)
+    return clean, (LOG_SIGMA_MEAN + LOG_SIGMA_STD * normal).exp(), noise
 
 
-def draw_batch(pictures: np.ndarray, batch: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What step `step` trains on: clean images, noise levels, unit noise. Rotated and flipped at random."""
-    rng = np.random.default_rng((seed, step))
-    chosen = pictures[rng.integers(len(pictures), size=batch)]
-    turns, flips = rng.integers(4, size=batch), rng.integers(2, size=batch)
-    chosen = np.stack([np.rot90(p, k)[:, :: 1 - 2 * f] for p, k, f in zip(chosen, turns, flips, strict=True)])
-    sigma = torch.from_numpy(np.exp(rng.normal(LOG_SIGMA_MEAN, LOG_SIGMA_STD, batch)).astype(np.float32))
-    clean = to_tensor(chosen)
-    return clean, sigma, torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
+def weighted_loss(net: PatchUNet, clean: Tensor, sigma: Tensor, noise: Tensor, precision: str) -> Tensor:
+    """Karras et al. 2022, eq. 8: E[λ(σ) |D(x0 + σn; σ) - x0|²], a value.
 
-
-def weighted_loss(net: nn.Module, clean: Tensor, sigma: Tensor, noise: Tensor, sigma_data: float) -> Tensor:
-    """Karras et al. 2022, eq. 8: E[λ(σ) |D(x0 + σn; σ) - x0|²], a value."""
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    error = net(clean + sigma[:, None, None, None] * noise, sigma) - clean
+    bf16 lowers convolutions, matrix products and attention; the rest, preconditioning included, is float32.
+    """
+    weight = (sigma**2 + net.sigma_data**2) / (sigma * net.sigma_data) ** 2
+    with torch.autocast(clean.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        error = net(clean + sigma[:, None, None, None] * noise, sigma) - clean
     return (weight * error.square().mean(dim=(1, 2, 3))).mean()
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest orthogonal matrix as the update (Jordan 2024), convolutions flattened.
-
-    Scaled so that an update has AdamW's usual size (Liu et al. 2025, section 2.2). torch.optim.Muon
-    iterates in bfloat16, which CPUs without it emulate many times slower than float32.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalize(p.grad.lerp(buffer, group["momentum"]).flatten(1))
-                size = 0.2 * max(update.shape) ** 0.5
-                p.sub_(update.reshape(p.shape), alpha=group["lr"] * size)
+def compiled(loss_of: Callable[..., Tensor], *arguments: object) -> Callable[..., Tensor]:
+    """`loss_of` compiled and tried on `arguments`, there and back; where that fails, `loss_of` as it is."""
+    fast = torch.compile(loss_of, dynamic=False)
+    try:
+        fast(*arguments).backward()
+    except Exception as error:  # no C compiler, no triton, a defect of either: of many kinds
+        print(f"not compiled, which is slower: {type(error).__name__}: {str(error).strip()[:500]}", flush=True)
+        return loss_of
+    return fast
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """U V^T of the singular value decomposition, nearly: five quintic Newton-Schulz iterations."""
-    x = matrix / (matrix.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    gram, one = x @ x.T, torch.eye(len(x), device=x.device)
-    product = one
-    for _ in range(5):  # every iterate is a polynomial of the first x x^T times x: only that is carried
-        factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
-        product, gram = factor @ product, factor @ gram @ factor
-    x = product @ x
-    return x.T if tall else x
-
-
-class MuonAdam:
-    """Muon for the weight matrices of hidden layers, Adam for everything else."""
-
-    def __init__(self, net: PatchUNet, lr: float) -> None:
-        hidden, rest = [], []
-        for name, p in net.named_parameters():
-            (hidden if p.ndim >= 2 and not name.startswith(("stem", "head")) else rest).append(p)
-        self.optimizers = (Muon(hidden, lr), torch.optim.Adam(rest, lr / 2, betas=(0.9, 0.99)))
-        self.rates = (lr, lr / 2)
-
-    def step(self, scale: float) -> None:
-        """One update at `scale` times the base rates; clears the gradients."""
-        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * scale
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        return [optimizer.state_dict() for optimizer in self.optimizers]
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-
-
-def learning_rate_scale(step: int, steps: int, decay: float) -> float:
-    """Warm-up, constant, then linear to zero over the last `decay` of the run."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / max(1.0, decay * steps))
+def learning_rate_scale(step: int, over: float, decay: float) -> float:
+    """Warm-up, constant, then linear to zero over the last `decay` of the run, of which `over` is done."""
+    return min(1.0, (step + 1) / WARMUP_STEPS, (1 - over) / max(decay, 1e-9))
 
 
 @torch.no_grad()
-def held_out_loss(net: nn.Module, pictures: np.ndarray, sigma_data: float, device: str) -> float:
-    """The weighted loss on 512 held-out pictures, the same noise every time."""
-    losses = []
-    for part in range(8):
-        clean, sigma, noise = (v.to(device) for v in draw_batch(pictures, 64, seed=1234, step=part))
-        losses.append(weighted_loss(net, clean, sigma, noise, sigma_data).item())
-    return float(np.mean(losses))
+def held_out_loss(net: PatchUNet, pictures: Tensor) -> float:
+    """The weighted loss in float32 on 512 held-out pictures, the same noise every time."""
+    parts = [weighted_loss(net, *draw_batch(pictures, 64, seed=1234, step=part), "fp32") for part in range(8)]
+    return torch.stack(parts).mean().item()
+
+
+class Training:
+    """What a checkpoint holds: weights, their average, the optimizer, and how far they have come."""
+
+    def __init__(self, widths: list[int], lr: float, device: str) -> None:
+        self.widths, self.device = widths, device
+        self.net = PatchUNet(widths=tuple(widths)).to(device, memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+        self.optimizer = MuonAdam(self.net, lr)
+        self.step, self.images, self.seconds = 0, 0, 0.0
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.net.load_state_dict(state["model"])
+        self.average.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
+
+    def load_weights(self, path: Path) -> None:
+        """Begin with the averaged weights of a checkpoint; its images count on, its steps do not."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.net.load_state_dict(state["ema"])
+        self.average.load_state_dict(state["ema"])
+        self.images = state["images"]
+
+    def save(self, path: Path) -> None:
+        state = {
+            "model": self.net.state_dict(), "ema": self.average.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "step": self.step, "seconds": self.seconds, "widths": self.widths, "images": self.images,
+        }  # fmt: skip
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def update(self, scale: float, ema: float) -> None:
+        """One step along the gradients, at `scale` times the learning rate."""
+        self.optimizer.step(scale)
+        keep = min(ema, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 1 - keep)
+        self.step += 1
+
+
+def run(training: Training, pictures: Tensor, held_out: Tensor, options: argparse.Namespace) -> None:
+    """Train to the end, or to a SIGTERM, saving on the way and then."""
+    steps = max(1, options.images // options.batch)
+    received = []
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+
+    def over() -> float:
+        """How much of the run is done, 0 to 1."""
+        return min(1.0, training.seconds / (60 * options.minutes) if options.minutes else training.step / steps)
+
+    loss_of: Callable[..., Tensor] = weighted_loss
+    if options.compile:
+        batch = draw_batch(pictures, options.batch, options.seed, training.step)
+        loss_of = compiled(loss_of, training.net, *batch, options.precision)
+        training.net.zero_grad()
+
+    earlier, began = training.seconds, time.perf_counter()
+    losses: list[Tensor] = []  # since the last checkpoint, which was written at `saved`
+    saved = began
+    while over() < 1:
+        batch = draw_batch(pictures, options.batch, options.seed, training.step)
+        loss = loss_of(training.net, *batch, options.precision)
+        loss.backward()
+        training.update(learning_rate_scale(training.step, over(), options.decay), options.ema)
+        losses.append(loss.detach())
+        training.images += options.batch
+        now = time.perf_counter()
+        training.seconds = earlier + now - began
+        due = training.step % options.save_every == 0 if options.save_every else now - saved >= SAVE_SECONDS
+        if due or received or over() == 1:
+            mean = torch.stack(losses).mean().item()
+            rate = len(losses) * options.batch / (time.perf_counter() - saved)
+            if not math.isfinite(mean):
+                raise SystemExit(f"step {training.step}: the loss is {mean}. {options.output} is older; lower --lr.")
+            training.save(options.output)
+            print(
+                f"step {training.step}  images {training.images}  loss {mean:.4f}  "
+                f"held-out {held_out_loss(training.average, held_out):.4f}  {training.seconds / 60:.1f} min  "
+                f"{rate:.0f} images/s",
+                flush=True,
+            )
+            if received:
+                raise SystemExit(128 + received[0])
+            losses, saved = [], time.perf_counter()
 
 
 def main() -> None:
     options = parse_arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
+    torch.backends.cudnn.benchmark = True
     torch.manual_seed(options.seed)
-    net = PatchUNet(widths=tuple(options.widths)).to(options.device, memory_format=torch.channels_last)
-    average = copy.deepcopy(net).requires_grad_(False)
-    optimizer = MuonAdam(net, options.lr)
-    start, seconds = 0, 0.0
+    training = Training(options.widths, options.lr, options.device)
+    pictures, held_out = (
+        torch.from_numpy(eurosat.load(options.data, held_out=side)[0]).to(options.device) for side in (False, True)
+    )
     if options.output.exists():
-        state = torch.load(options.output, map_location=options.device, weights_only=True)
-        net.load_state_dict(state["model"])
-        average.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
-        print(f"resuming at step {start}", flush=True)
-
-    steps = options.images // options.batch
-    training, _ = eurosat.load(options.data, held_out=False)
-    held_out, _ = eurosat.load(options.data, held_out=True)
-    parameters = sum(p.numel() for p in net.parameters())
-    print(f"{parameters} parameters, {len(training)} pictures, {steps} steps of {options.batch}", flush=True)
-
-    def save(step: int) -> None:
-        state = {
-            "model": net.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict(),
-            "step": step, "seconds": seconds, "widths": list(options.widths), "images": step * options.batch,
-        }  # fmt: skip
-        partial = options.output.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, options.output)
-
-    smooth, began = None, time.perf_counter()
-    for step in range(start, steps):
-        clean, sigma, noise = (v.to(options.device) for v in draw_batch(training, options.batch, options.seed, step))
-        loss = weighted_loss(net, clean, sigma, noise, net.sigma_data)
-        loss.backward()
-        optimizer.step(learning_rate_scale(step, steps, options.decay))
-        with torch.no_grad():
-            keep = min(options.ema, (step + 1) / (step + 10))
-            for averaged, current in zip(average.parameters(), net.parameters(), strict=True):
-                averaged.lerp_(current, 1 - keep)
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        if (step + 1) % options.save_every == 0 or step + 1 == steps:
-            seconds += time.perf_counter() - began
-            began = time.perf_counter()
-            save(step + 1)
-            measured = held_out_loss(average, held_out, net.sigma_data, options.device)
-            print(
-                f"step {step + 1}  images {(step + 1) * options.batch}  loss {smooth:.4f}  "
-                f"held-out {measured:.4f}  {seconds / 60:.1f} min",
-                flush=True,
-            )
+        training.load(options.output)
+        print(f"resuming at step {training.step}", flush=True)
+    elif options.weights:
+        training.load_weights(options.weights)
+        print(f"beginning with held-out {held_out_loss(training.average, held_out):.4f}", flush=True)
+    parameters = sum(p.numel() for p in training.net.parameters())
+    length = f"{options.minutes} minutes" if options.minutes else f"{options.images} images"
+    print(
+        f"{parameters} parameters, {len(pictures)} pictures, {length} in steps of {options.batch}, "
+        f"{options.precision} on {options.device}",
+        flush=True,
+    )
+    run(training, pictures, held_out, options)
 
 
 if __name__ == "__main__":
