@@ -186,7 +186,7 @@ def run(training: Training, pictures: Tensor, held_out: Tensor, options: argpars
         loss_of = compiled(loss_of, training.net, *batch, options.precision)
         training.net.zero_grad()
 
-    earlier, began = training.seconds, time.perf_counter()
+    first, earlier, began = training.step, training.seconds, time.perf_counter()
     losses: list[Tensor] = []  # since the last checkpoint, which was written at `saved`
     saved = began
     while over() < 1:
@@ -196,6 +196,9 @@ def run(training: Training, pictures: Tensor, held_out: Tensor, options: argpars
         training.update(learning_rate_scale(training.step, over(), options.decay), options.ema)
         losses.append(loss.detach())
         training.images += options.batch
+        if training.step == first + 1:  # it loads and builds: the clock starts behind it
+            loss.item()
+            began = saved = time.perf_counter()
         now = time.perf_counter()
         training.seconds = earlier + now - began
         due = training.step % options.save_every == 0 if options.save_every else now - saved >= SAVE_SECONDS

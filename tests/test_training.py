@@ -21,13 +21,13 @@ from sdedit.export.networks.patch_unet import PatchUNet
 WIDTHS = (8, 8, 32)
 COUNT = 12  # pictures per class; number 10 of each is held out
 
-KILLED_AFTER_ITS_FIRST_CHECKPOINT = """
+STOPPED_AFTER_ITS_FIRST_CHECKPOINT = """
 import builtins, os, runpy, signal
 
 def print_and_die(*words, print=builtins.print, **options):
     print(*words, **options)
     if str(words[0]).startswith("step "):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.{})
 
 builtins.print = print_and_die
 runpy.run_module("sdedit.export.train", run_name="__main__", alter_sys=True)
@@ -46,15 +46,28 @@ def archive(path: Path, held_out_seed: int = 0) -> Path:
     return path
 
 
-def train(data: Path, output: Path, *, images: int = 8, seed: int = 0, killed: bool = False) -> str:
+def train(
+    data: Path,
+    output: Path,
+    *,
+    length: tuple[str, float] = ("--images", 8),
+    seed: int = 0,
+    weights: Path | None = None,
+    stopped: signal.Signals | None = None,
+) -> str:
     """What `python -m sdedit.export.train` prints: batches of 8, a checkpoint every 3 steps, one thread."""
-    program = ["-c", KILLED_AFTER_ITS_FIRST_CHECKPOINT] if killed else ["-m", "sdedit.export.train"]
-    counts = {"--images": images, "--batch": 8, "--save-every": 3, "--threads": 1, "--seed": seed}
+    program = ["-m", "sdedit.export.train"]
+    if stopped:
+        program = ["-c", STOPPED_AFTER_ITS_FIRST_CHECKPOINT.format(stopped.name)]
+    counts = dict([length]) | {"--batch": 8, "--save-every": 3, "--threads": 1, "--seed": seed}
+    if weights:
+        counts["--weights"] = weights
     options = [str(word) for option in counts.items() for word in option]
     widths = ["--widths", *(str(width) for width in WIDTHS)]
     command = [sys.executable, *program, str(data), "-o", str(output), "--device", "cpu", *options, *widths]
     done = subprocess.run(command, cwd=output.parent, capture_output=True, text=True)
-    assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr
+    ends = {None: 0, signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}
+    assert done.returncode == ends[stopped], done.stderr
     return done.stdout
 
 
@@ -93,7 +106,7 @@ def data(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def whole(folder: Path, data: Path) -> tuple[Path, str]:
     """A run of six steps that nobody disturbed: the checkpoint and what it printed."""
-    return folder / "whole.pt", train(data, folder / "whole.pt", images=48)
+    return folder / "whole.pt", train(data, folder / "whole.pt", length=("--images", 48))
 
 
 @pytest.fixture(scope="module")
@@ -191,14 +204,36 @@ def test_a_checkpoint_is_plain_data_that_says_what_it_is(whole):
 
 def test_a_killed_run_continues_as_if_nothing_had_happened(folder, data, whole):
     output = folder / "killed.pt"
-    assert "step 3 " in train(data, output, images=48, killed=True)
+    assert "step 3 " in train(data, output, length=("--images", 48), stopped=signal.SIGKILL)
     assert read(output)["step"] == 3
-    resumed = train(data, output, images=48)
+    resumed = train(data, output, length=("--images", 48))
     assert resumed.startswith("resuming at step 3\n")
     finished, undisturbed = read(output), read(whole[0])
     assert finished["step"] == undisturbed["step"]
     for part in ("model", "ema", "optimizer"):
         assert same_bits(finished[part], undisturbed[part])
+
+
+def test_a_run_asked_to_stop_saves_and_continues_as_if_nothing_had_happened(folder, data, whole):
+    output = folder / "stopped.pt"
+    train(data, output, length=("--images", 48), stopped=signal.SIGTERM)
+    assert read(output)["step"] == 3
+    train(data, output, length=("--images", 48))
+    assert same_bits(read(output)["model"], read(whole[0])["model"])
+
+
+def test_a_run_by_the_clock_ends_with_a_checkpoint_when_its_time_is_over(folder, data):
+    printed = train(data, folder / "timed.pt", length=("--minutes", 0.01))
+    checkpoint = read(folder / "timed.pt")
+    assert checkpoint["seconds"] >= 0.6
+    assert f"step {checkpoint['step']}  images {8 * checkpoint['step']}  " in printed.splitlines()[-1]
+
+
+def test_a_run_begins_with_the_averaged_weights_of_another(folder, data, whole):
+    output = folder / "onward.pt"
+    printed = train(data, output, weights=whole[0])
+    assert printed.startswith(f"beginning with held-out {held_out_losses(whole[1])[-1]:.4f}\n")
+    assert (read(output)["step"], read(output)["images"]) == (1, 48 + 8)
 
 
 def test_another_seed_makes_other_weights(folder, data, short):
