@@ -1,0 +1,417 @@
+"""What a user would use instead on a GPU, beside sdedit on ort-cuda: same weights, steps and GPU, interleaved rounds.
+
+python benchmarks/gpu_peers.py -o RESULT.json --artifacts DIR [--networks unet-64,bundled] [--batches 1]
+python benchmarks/gpu_peers.py --device cpu ...                       the script itself, where there is no GPU
+
+DIR holds NAME.onnx and NAME-fp16.onnx of every network but the bundled one (`sdedit export`); PyTorch's weights are
+read from NAME.onnx. ddpm-256 without artifacts has PyTorch's rows only, with random weights.
+
+Every contestant lives in a process of its own. They open side by side; then, one at a time, each is compared with
+ort-cpu and warmed up. A round is a few edits of each, in turn, every second round backwards, the first of a turn not
+counted; an edit is timed by the host's clock, uint8 pixels on the host in and out. A contestant that fails is named
+and left out. The result is written after every step.
+"""
+
+import argparse
+import json
+import os
+import queue
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu_peer_loops import BUNDLED, CONTESTANTS, LEVELS, OURS, SCHEDULER, Setting, levels, network_input
+from peers import conditions
+
+import sdedit
+
+PACKAGES = ("onnxruntime-gpu", "cuda-bindings", "triton", "nvidia-cudnn-cu13", "onnx")
+COUNTED = 3  # edits of a turn
+TOLERANCES = {"fp32": 1e-3, "TF32": 0.05, "fp16": 0.05, "bf16": 0.3}
+LARGE = ("torch fp32 graph", "torch fp16", "torch fp16 graph", "sdedit fp16", "sdedit fp16 captured")
+SOME = (
+    *("torch eager fp32", "torch fp16", "torch fp16 graph", "torch fp16 compile graph", OURS, "sdedit fp16"),
+    *("sdedit fp16 graph", "sdedit fp16 captured", "sdedit fp16 captured fixed"),
+)
+CONTESTANTS_OF = {BUNDLED: SOME, "ddpm-256": LARGE}  # of the others, all
+
+Row = dict[str, Any]
+
+
+# --- a contestant's process ------------------------------------------------------------------------------------------
+
+
+def serve(name: str) -> None:
+    """One answer in JSON for every line on stdin; the first line is the setting."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries may print
+    contestant, picture = None, np.zeros((0, 0, 3), np.uint8)
+    for line in sys.stdin:
+        word, _, rest = line.strip().partition(" ")
+        try:
+            if word == "open":
+                told = json.loads(rest)
+                paths = {key: told[key] and Path(told[key]) for key in ("fp32", "fp16")}
+                setting = Setting(**told | paths)
+                kind, options = CONTESTANTS[name]
+                contestant = kind(setting, **options)
+                picture = a_picture(setting)
+                answer: Row = {"opened": True}
+            elif contestant is None:
+                answer = {"failed": "not open"}
+            elif word == "check":
+                for what, found in contestant.check(picture).items():
+                    np.save(rest, found)
+                    answer = {"compared": what, "said": contestant.said()}
+            else:
+                answer = {"edit_ms": [timed(contestant, picture, int(rest)) for _ in range(COUNTED + 1)][1:]}
+                answer["said"] = contestant.said()
+        except Exception as error:  # whatever: it is this row's
+            answer = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def timed(contestant: Any, picture: Any, batch: int) -> float:
+    began = time.perf_counter()
+    made = contestant.edit(picture, batch)
+    took = 1e3 * (time.perf_counter() - began)
+    if made.shape != (batch, *picture.shape) or made.dtype != np.uint8:
+        raise ValueError(f"made {made.dtype} {made.shape}")
+    return round(took, 4)
+
+
+def a_picture(setting: Setting) -> Any:
+    return np.random.default_rng(0).integers(0, 256, (setting.size, setting.size, 3), np.uint8)
+
+
+class Process:
+    """The other end of `serve`. Every answer has a time limit; after a failure there are no more."""
+
+    def __init__(self, network: str, name: str, log: Path) -> None:
+        self.network, self.name, self.failed = network, name, ""
+        self._log = log
+        with log.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=stderr, text=True, encoding="utf-8",
+                env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "5", "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+        self._answers: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def say(self, line: str) -> None:
+        try:
+            assert self._process.stdin is not None
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it died: heard next
+
+    def hear(self, seconds: float) -> Row:
+        try:
+            line = self._answers.get(timeout=max(0.1, seconds))
+        except queue.Empty:
+            line = json.dumps({"failed": f"no answer in {max(0.1, seconds):.0f} s"})
+        if not line:
+            said = self._log.read_text("utf-8", "replace").strip().splitlines()
+            line = json.dumps({"failed": f"died: {said[-1] if said else 'silently'}"})
+        answer: Row = json.loads(line)
+        self.failed = answer.get("failed", "")
+        if self.failed:
+            self.close()
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put("")
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def make_setting(network: str, arguments: argparse.Namespace) -> Setting:
+    """What the contestants are told. The fp16 artifact of the bundled network is made where there is none."""
+    folder = arguments.artifacts or Path("there-is-none")
+    fp32: Path | None = folder / f"{network}.onnx"
+    fp16: Path | None = folder / f"{network}-fp16.onnx"
+    if network == BUNDLED:
+        fp32 = sdedit.artifact.BUNDLED
+        fp16 = halved(fp32, arguments.scratch / "bundled-fp16.onnx")
+    fp32, fp16 = (path if path is not None and path.exists() else None for path in (fp32, fp16))
+    if fp32 is None:  # DDPM's levels at t0, and as many as there are steps below it
+        at = np.linspace(arguments.t0 * LEVELS - 1, 0, arguments.steps)
+        sigmas = [*np.interp(at, np.arange(LEVELS), levels()).tolist(), 0.0]
+        return Setting(network, arguments.device, None, None, arguments.steps, arguments.t0, sigmas, True)
+    sde = sdedit.load(fp32, backend="ort-cpu").sde
+    preserving = isinstance(sde, sdedit.VP) or network != BUNDLED
+    table = sdedit.plan(sde, t0=arguments.t0, steps=arguments.steps, sampler="ancestral" if preserving else "em")
+    sigmas = [*table.column("sigma").tolist(), 0.0]
+    return Setting(network, arguments.device, fp32, fp16, arguments.steps, arguments.t0, sigmas, preserving)
+
+
+def halved(source: Path, target: Path) -> Path | None:
+    """The artifact in fp16, without the export's verification: it is compared with ort-cpu here."""
+    if target.exists():
+        return target
+    try:
+        import onnx
+
+        from sdedit.export.precision import halve
+
+        model = onnx.load(source)
+        made = halve(model, "fp16")
+        del made.metadata_props[:]
+        for told in model.metadata_props:
+            value = told.value
+            if told.key == "sdedit":
+                value = json.dumps(json.loads(value) | {"precision": "fp16"})
+            made.metadata_props.add(key=told.key, value=value)
+        onnx.save(made, target)
+    except Exception as error:  # one row must not cost the others
+        print(f"no fp16 artifact of {source.name}: {type(error).__name__}: {error}", flush=True)
+        return None
+    return target
+
+
+def references(setting: Setting) -> dict[str, Any]:
+    """What ort-cpu says: the network's D, and the edit of seed 0."""
+    if setting.fp32 is None:
+        return {}
+    editor = sdedit.load(setting.fp32, backend="ort-cpu")
+    x, sigma = network_input(setting)
+    denoise = editor.backend.bind(1, {})
+    sampler = "ancestral" if setting.variance_preserving else "em"
+    made = editor.edit(a_picture(setting), t0=setting.t0, steps=setting.steps, sampler=sampler, seed=0)
+    return {"network": denoise(x, np.full(1, sigma, np.float32)).copy(), "edit": made.x}
+
+
+def compare(name: str, found: Any, wanted: Any) -> Row:
+    kind = next((kind for kind in ("bf16", "fp16", "TF32") if kind in name and "no TF32" not in name), "fp32")
+    if kind == "fp32" and name.startswith("torch") and "no TF32" not in name:
+        kind = "TF32"  # PyTorch's default for convolutions
+    error = float(np.abs(found - wanted).max())
+    return {"largest_error": error, "tolerance": TOLERANCES[kind], "agrees": bool(error <= TOLERANCES[kind])}
+
+
+def smi() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "no nvidia-smi"
+    asked = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,compute_mode"
+    command = [tool, f"--query-gpu={asked}", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class Measurement:
+    """Everything that is found, as it is written."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments, self._began = arguments, time.monotonic()
+        self.processes: list[Process] = []
+        about = conditions()
+        about["versions"] |= versions()
+        self.rows: dict[tuple[str, str], Row] = {}
+        self.result: Row = {
+            "conditions": about | {"nvidia_smi": [smi()]}, "device": arguments.device, "steps": arguments.steps,
+            "t0": arguments.t0, "timing": "host clock around an edit, uint8 pixels on the host in and out",
+            "counted_of_a_turn": COUNTED,
+        }  # fmt: skip
+
+    def left(self) -> float:
+        return float(self._arguments.seconds - (time.monotonic() - self._began))
+
+    def say(self, text: str) -> None:
+        print(f"{time.monotonic() - self._began:6.1f} s  {text}", flush=True)
+
+    def write(self) -> None:
+        self.result["rows"] = list(self.rows.values())
+        if self._arguments.output is not None:
+            partly = self._arguments.output.with_suffix(".part")
+            partly.write_text(json.dumps(self.result, indent=1) + "\n", "utf-8")
+            os.replace(partly, self._arguments.output)
+
+    def note(self, process: Process, **found: Any) -> None:
+        row = self.rows.setdefault(
+            (process.network, process.name), {"network": process.network, "name": process.name, "edit_ms": {}}
+        )
+        row.update(found)
+        if process.failed:
+            row["skipped"] = process.failed
+            self.say(f"{process.network}: {process.name}: skipped: {process.failed}")
+        self.write()
+
+    def open_all(self, settings: list[Setting], names: list[str] | None) -> None:
+        for setting in settings:
+            for name in names or CONTESTANTS_OF.get(setting.network, tuple(CONTESTANTS)):
+                if setting.network == BUNDLED and name == SCHEDULER:
+                    continue
+                log = self._arguments.scratch / f"{len(self.processes)}.log"
+                process = Process(setting.network, name, log)
+                self.processes.append(process)
+                told = asdict(setting)
+                told |= {key: told[key] and str(told[key].resolve()) for key in ("fp32", "fp16")}
+                process.say("open " + json.dumps(told))
+        self.say(f"{len(self.processes)} contestants are opening")
+
+    def hear_opened(self) -> None:
+        until = time.monotonic() + self._arguments.open_seconds
+        for process in self.processes:
+            process.hear(until - time.monotonic())
+            self.note(process)
+        self.say("open")
+
+    def check(self, wanted: dict[str, dict[str, Any]], batches: list[int]) -> None:
+        for number, process in enumerate(self.processes):
+            if process.failed:
+                continue
+            path = self._arguments.scratch / f"{number}.npy"
+            process.say(f"check {path}")
+            answer = process.hear(min(60, self.left()))
+            found: Row = {}
+            if not process.failed and (reference := wanted[process.network].get(answer["compared"])) is not None:
+                found = {"compared": answer["compared"], **compare(process.name, np.load(path), reference)}
+                self.say(
+                    f"{process.network}: {process.name}: {found['compared']} {found['largest_error']:.1e} from ort-cpu"
+                    f"{'' if found['agrees'] else ', which is TOO FAR'}  {json.dumps(answer['said'])}"
+                )
+            self.note(process, said=answer.get("said"), **found)
+            for batch in batches:
+                if not process.failed:
+                    process.say(f"edit {batch}")
+                    process.hear(min(60, self.left()))
+                    self.note(process)
+
+    def rounds(self, batches: list[int]) -> None:
+        for number in range(self._arguments.rounds):
+            if self.left() < 5:
+                self.say("no time for further rounds")
+                break
+            for batch in batches:
+                for process in self.processes if number % 2 == 0 else reversed(self.processes):
+                    if process.failed:
+                        continue
+                    process.say(f"edit {batch}")
+                    answer = process.hear(min(30, self.left()))
+                    if not process.failed:
+                        row = self.rows[process.network, process.name]
+                        row["edit_ms"].setdefault(str(batch), []).append(answer["edit_ms"])
+                        row["said"] = answer["said"]
+                    self.note(process)
+            self.result["conditions"]["nvidia_smi"].append(smi())
+            self.say(f"round {number + 1}")
+            self.write()
+
+
+# --- what was found --------------------------------------------------------------------------------------------------
+
+
+def table(result: Row) -> str:
+    lines = [result["conditions"]["nvidia_smi"][-1], json.dumps(result["conditions"]["versions"])]
+    rows = result["rows"]
+    for network in dict.fromkeys(row["network"] for row in rows):
+        mine = [row for row in rows if row["network"] == network]
+        for batch in sorted({batch for row in mine for batch in row["edit_ms"]}, key=int):
+            lines += ["", *one_table(network, batch, mine, result["steps"])]
+        lines += [f"skipped: {network}: {row['name']}: {row['skipped']}" for row in mine if row.get("skipped")]
+    return "\n".join(lines)
+
+
+def one_table(network: str, batch: str, rows: list[Row], steps: int) -> list[str]:
+    measured = [row for row in rows if row["edit_ms"].get(batch)]
+    medians = {row["name"]: statistics.median(samples_of(row, batch)) for row in measured}
+    torches = {name: value for name, value in medians.items() if name.startswith("torch")}
+    best = min(torches, key=lambda name: torches[name]) if torches else None
+    by_name = {row["name"]: [statistics.median(turn) for turn in row["edit_ms"][batch]] for row in measured}
+    lines = [
+        f"{network}, batch {batch}, {steps} steps; best of PyTorch: {best}",
+        "",
+        "| | ms an edit | min | max | ms a step | best torch's time ÷ its | device ms | from ort-cpu |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in measured:
+        name, samples = row["name"], samples_of(row, batch)
+        ratio = "-"
+        if best is not None:
+            found = [one / own for one, own in zip(by_name[best], by_name[name], strict=False)]
+            ratio = f"{statistics.median(found):.2f} ({min(found):.2f}–{max(found):.2f})"
+        error = f"{row['largest_error']:.1e}{'' if row['agrees'] else ' TOO FAR'}" if "agrees" in row else "-"
+        device_ms = (row.get("said") or {}).get("device_ms")
+        lines.append(
+            f"| {name} | {medians[name]:.2f} | {min(samples):.2f} | {max(samples):.2f} | {medians[name] / steps:.3f} | "
+            f"{ratio} | {'-' if device_ms is None else format(device_ms, '.2f')} | {error} |"
+        )
+    return lines
+
+
+def samples_of(row: Row, batch: str) -> list[float]:
+    return [sample for turn in row["edit_ms"][batch] for sample in turn]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default=f"unet-64,{BUNDLED}", metavar="NAME,NAME")
+    parser.add_argument("--artifacts", type=Path, metavar="DIR", help="where NAME.onnx and NAME-fp16.onnx are")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--contestants", metavar="NAME;NAME", help="only these")
+    parser.add_argument("--list", action="store_true", help="print the contestants' names")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--t0", type=float, default=0.5)
+    parser.add_argument("--batches", default="1", metavar="N,N")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=170, help="begin no further round when so many have passed")
+    parser.add_argument("--open-seconds", type=float, default=75, help="for opening, which includes torch.compile")
+    parser.add_argument("-o", "--output", type=Path, help="write the whole result as JSON")
+    parser.add_argument("--serve", metavar="NAME", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve is not None:
+        return serve(arguments.serve)
+    if arguments.list:
+        return print(*CONTESTANTS, sep="\n")
+    batches = [int(word) for word in arguments.batches.split(",")]
+    names = arguments.contestants and arguments.contestants.split(";")
+    if unknown := set(names or ()) - set(CONTESTANTS):
+        parser.error(f"no contestant is called {', '.join(sorted(unknown))} (--list)")
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments.scratch = Path(scratch)
+        measurement = Measurement(arguments)
+        try:
+            settings = [make_setting(network, arguments) for network in arguments.networks.split(",")]
+            measurement.open_all(settings, names)
+            wanted = {setting.network: references(setting) for setting in settings}
+            measurement.hear_opened()
+            measurement.check(wanted, batches)
+            measurement.rounds(batches)
+        finally:
+            for process in measurement.processes:
+                process.close()
+            measurement.write()
+    return print(table(measurement.result))
+
+
+if __name__ == "__main__":
+    main()
