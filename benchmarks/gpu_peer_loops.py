@@ -4,7 +4,6 @@ PyTorch's loops are lean: coefficients are made once, noise is drawn on the devi
 picture comes down; only the row that says "diffusers" has that library's scheduler, which is what most people run.
 """
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ import sdedit
 Picture = NDArray[np.uint8]
 BUNDLED = "bundled"
 LEVELS = 1000  # that the U-Nets of diffusers are trained at
-BETAS = np.linspace(1e-4, 0.02, LEVELS)
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def network_input(setting: Setting) -> tuple[NDArray[np.float32], float]:
 
 def levels() -> NDArray[np.float64]:
     """σ of the trained levels, in the frame where x = data + σ · noise."""
-    abar = np.cumprod(1 - BETAS)
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, LEVELS))
     return np.sqrt((1 - abar) / abar)
 
 
@@ -196,7 +194,8 @@ class Torch:
             with torch.no_grad():
                 x = torch.zeros((1, 3, setting.size, setting.size), device=setting.device)
                 self._module(x, self._sigma[:1], self._t[:1])
-                self._wait()
+                if self._cuda:
+                    torch.cuda.synchronize()
         torch.backends.cudnn.benchmark = True
 
     def edit(self, picture: Picture, batch: int) -> Picture:
@@ -229,7 +228,7 @@ class Torch:
             return self._steps[batch](x)
         if batch not in self._levels:
             self._levels[batch] = [
-                tuple(value.expand(batch).clone() for value in one) for one in zip(self._sigma, self._t, strict=True)
+                tuple(value.repeat(batch) for value in one) for one in zip(self._sigma, self._t, strict=True)
             ]
         for (sigma, t), keep, noise in zip(self._levels[batch], self._keep, self._noise, strict=True):
             if self._cudagraphs:
@@ -242,15 +241,16 @@ class Torch:
     def _captured(self, guide: Any) -> Callable[[Any], Any]:
         """All steps from x on: one step as a graph, replayed; which one it is, is counted on the device."""
         torch, batch = self._torch, len(guide)
-        x, number = torch.zeros_like(guide), torch.zeros(1, dtype=torch.int64, device=guide.device)
+        x, number = torch.zeros_like(guide), torch.zeros(batch, dtype=torch.int64, device=guide.device)
         keep, noise = (
             torch.tensor(values, dtype=torch.float32, device=guide.device) for values in (self._keep, self._noise)
         )
 
         def step() -> None:
-            sigma, t = (values.index_select(0, number).expand(batch) for values in (self._sigma, self._t))
+            sigma, t = (values.index_select(0, number) for values in (self._sigma, self._t))
             denoised = self._module(x, sigma, t)
-            x.copy_(torch.lerp(denoised, x, keep[number]) + noise[number] * torch.randn_like(x))
+            kept, added = (values.index_select(0, number)[:, None, None, None] for values in (keep, noise))
+            x.copy_(torch.lerp(denoised, x, kept) + added * torch.randn_like(x))
             number.add_(1)
 
         replay = step
@@ -290,10 +290,6 @@ class Torch:
             x = scheduler.step(self._module.net(x, t, return_dict=False)[0], t, x).prev_sample
         return x
 
-    def _wait(self) -> None:
-        if self._cuda:
-            self._torch.cuda.synchronize()
-
 
 def coefficients(setting: Setting) -> tuple[list[float], list[float]]:
     """Of every step x = lerp(D, x, keep) + noise · normals: ancestral for a VP network, else Euler-Maruyama."""
@@ -321,7 +317,9 @@ class Ours:
         if source is None:
             raise LookupError(f"no {precision} artifact of {setting.network} was given")
         if captured and setting.device == "cuda":
-            importlib.import_module("sdedit.backends.ort_gpu").OrtDeviceNetwork.capturable = True
+            from sdedit.backends.ort_gpu import OrtDeviceNetwork
+
+            OrtDeviceNetwork.capturable = True
         if fixed:
             fix_batch(1)
         backend = {"cuda": "ort-cuda", "cpu": "ort-cpu"}[setting.device]
@@ -355,7 +353,7 @@ class Ours:
 
 
 def graph_of(editor: sdedit.Editor) -> str | None:
-    """How the device loop launches its steps: as one CUDA graph an "edit", as one a "step", or one by one, "off"."""
+    """DeviceLoop.graph of the loop that edits have used; None off the GPU."""
     backend = editor.backend.on_gpu()
     if backend is None:
         return None
@@ -370,11 +368,8 @@ def fix_batch(batch: int) -> None:
     opened = OrtBackend._session_with
 
     def session_with(self: OrtBackend, providers: Any, **others: Any) -> Any:
-        return opened(
-            self,
-            providers,
-            **others | {"change": lambda options: options.add_free_dimension_override_by_name("B", batch)},
-        )
+        others["change"] = lambda options: options.add_free_dimension_override_by_name("B", batch)
+        return opened(self, providers, **others)
 
     OrtBackend._session_with = session_with  # type: ignore[method-assign]
 
