@@ -145,13 +145,14 @@ class Process:
 
 
 def make_setting(network: str, arguments: argparse.Namespace) -> Setting:
-    """What the contestants are told. The fp16 artifact of the bundled network is made where there is none."""
+    """What the contestants are told. An fp16 artifact is made where there is none."""
     folder = arguments.artifacts or Path("there-is-none")
     fp32: Path | None = folder / f"{network}.onnx"
     fp16: Path | None = folder / f"{network}-fp16.onnx"
     if network == BUNDLED:
         fp32 = sdedit.artifact.BUNDLED
-        fp16 = halved(fp32, arguments.scratch / "bundled-fp16.onnx")
+    if fp32 is not None and fp32.exists() and not (fp16 is not None and fp16.exists()):
+        fp16 = halved(fp32, arguments.scratch / f"{network}-fp16.onnx")
     fp32, fp16 = (path if path is not None and path.exists() else None for path in (fp32, fp16))
     if fp32 is None:  # DDPM's levels at t0, and as many as there are steps below it
         at = np.linspace(arguments.t0 * LEVELS - 1, 0, arguments.steps)
