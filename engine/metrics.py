@@ -39,7 +39,7 @@ def kid(a: Features, b: Features, *, subset_size: int = SUBSET_SIZE, subsets: in
     """
     a, b = _checked(a, "first"), _checked(b, "second")
     draws = _subsets([a, b], subset_size, subsets, seed)
-    return _mean(np.array([mmd2(a[i], b[j]) for i, j in draws]), _left_out(a, b), subset_size)
+    return estimate(np.array([mmd2(a[i], b[j]) for i, j in draws]), _left_out(a, b), subset_size)
 
 
 def kid_difference(
@@ -64,8 +64,8 @@ def kid_difference(
     draws = _subsets([a1, real], subset_size, subsets, seed)
     _require_same_width(a1, a2)
     differences = np.array([mmd2(a1[i], real[j]) - mmd2(a2[i], real[j]) for i, j in draws])
-    left_out = [one - other for one, other in zip(_left_out(a1, real), _left_out(a2, real), strict=True)]
-    return _mean(differences, left_out, subset_size)
+    without = [one - other for one, other in zip(_left_out(a1, real), _left_out(a2, real), strict=True)]
+    return estimate(differences, without, subset_size)
 
 
 def mmd2(a: Features, b: Features) -> float:
@@ -147,15 +147,31 @@ def _subsets(sets: list[Features], size: int, count: int, seed: int) -> Iterator
     _require_same_width(*sets)
     n, m = map(len, sets)
     require_subsets(n, m, size, count, seed)
+    return drawn(n, m, size, count, seed)
+
+
+def drawn(n: int, m: int, size: int, count: int, seed: int) -> Iterator[tuple[Indices, Indices]]:
+    """Random subsets of n and of m pictures."""
     rng = np.random.default_rng(seed)
     return ((rng.permutation(n)[:size], rng.permutation(m)[:size]) for _ in range(count))
 
 
 def _left_out(a: Features, b: Features) -> list[NDArray[np.float64]]:
     """`mmd2` of all pictures without the i-th of a, (N,), and without the j-th of b, (M,)."""
-    n, m = len(a), len(b)
-    rows_a, rows_b = _row_sums(a, a) - _diagonal(a), _row_sums(b, b) - _diagonal(b)
-    across_a, across_b = _row_sums(a, b), _row_sums(b, a)
+    rows_a, rows_b = (_row_sums(one, one) - _diagonal(one) for one in (a, b))
+    return left_out(rows_a, rows_b, _row_sums(a, b), _row_sums(b, a))
+
+
+def left_out(
+    rows_a: NDArray[np.float64],
+    rows_b: NDArray[np.float64],
+    across_a: NDArray[np.float64],
+    across_b: NDArray[np.float64],
+) -> list[NDArray[np.float64]]:
+    """`mmd2` without one picture, (N,) and (M,), from the kernel's sums over each one's row: with the others of its own
+    set, without itself, and with the other set.
+    """
+    n, m = len(rows_a), len(rows_b)
     within_a, within_b, across = rows_a.sum(), rows_b.sum(), across_a.sum()
 
     def without_one(
@@ -180,7 +196,8 @@ def _diagonal(a: Features) -> NDArray[np.float64]:
     return np.asarray(((a * a).sum(axis=1) / a.shape[1] + 1) ** 3)
 
 
-def _mean(values: NDArray[np.float64], left_out: list[NDArray[np.float64]], size: int) -> Kid:
-    jackknife = sum((len(one) - 1) * one.var() for one in left_out)
+def estimate(values: NDArray[np.float64], without: list[NDArray[np.float64]], size: int) -> Kid:
+    """From the distances of subsets and those without one picture."""
+    jackknife = sum((len(one) - 1) * one.var() for one in without)
     variance = jackknife + values.var(ddof=1) / len(values)
     return Kid(float(values.mean()), float(np.sqrt(variance)), size, len(values))
