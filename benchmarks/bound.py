@@ -25,8 +25,8 @@ def measure(cache: Cache, guides: Guides, setting: Setting) -> dict[str, Any]:
     path = cache.folder / f"bound-{setting.name}-{COUNT}.json"
     if path.exists():
         return dict(json.loads(path.read_text()))
-    editor = sdedit.load(cache.model, backend="ort-cpu", threads=1)
-    guide = np.float32(guides.painted(setting.colors)[:COUNT].transpose(0, 3, 1, 2) / 127.5 - 1)
+    editor = cache.editor
+    guide = np.float32(cache.painted(guides, setting.colors)[:COUNT].transpose(0, 3, 1, 2) / 127.5 - 1)
     table = sdedit.plan(editor.sde, t0=setting.t0, steps=setting.steps, sampler=setting.sampler)
     noise = sdedit.Noise([setting.seed(i) for i in range(len(guide))], guide.shape[1:], steps=table.steps)
     network = editor.backend.bind(len(guide), {})

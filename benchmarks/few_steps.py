@@ -1,14 +1,14 @@
 """How many steps an edit needs: realism and faithfulness by sampler, spacing and steps, beside em at 500 steps.
 
 python benchmarks/few_steps.py EuroSAT_RGB.zip --cache DIR --features INCEPTION.pt [--guides 1000] [--report]
+python benchmarks/few_steps.py --redraw benchmarks/results/few_steps.json
 
-INCEPTION.pt: FID's Inception as TorchScript, not part of this repository. Hours of work, the settings of most interest
-first; stopped at any time, the same command goes on. --report makes nothing new: it measures what is there and writes
-results/few_steps.json and results/few_steps.png.
+INCEPTION.pt: FID's Inception as TorchScript, not part of this repository. Days of work for two cores and minutes for a
+GPU (--backend ort-cuda --batch 100 --workers 4), the settings of most interest first; stopped at any time, the same
+command goes on. At the end, and with --report from what is there, it writes few_steps.json, .png and _pictures.png.
 """
 
 import argparse
-import hashlib
 import json
 import platform
 import sys
@@ -16,20 +16,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import gram
 import numpy as np
+from measured import Features, Rows
 from numpy.typing import NDArray
-from samples import CHUNK, Cache, Guides, Pictures, Setting, add_arguments, opened, results, save, workers
+from samples import Cache, Guides, Setting, add_arguments, finish, made, opened, results, until
 
 import sdedit
 
 T0 = 0.5
 STEPS = (5, 10, 15, 20, 25, 35, 50)
+SHOWN_STEPS = (10, 20, 25)
 MOST_EVALUATIONS = 25  # of a default worth proposing
 SUBSETS = 100
 REFERENCE = Setting(T0, 500, "em")
 AGAIN = replace(REFERENCE, run="b")  # the same with other noise: how far chance alone goes
-
-Features = NDArray[np.float32]  # (N, 2048)
 
 
 def settings() -> list[Setting]:
@@ -39,99 +40,66 @@ def settings() -> list[Setting]:
     ]
     finalists = [one for one in grid if one.steps in (20, 25) and one.sampler != "em"]
     finalists += [one for one in grid if (one.steps, one.sampler, one.spacing) == (25, "em", "uniform")]
-    return [REFERENCE, *finalists, *(one for one in grid if one not in finalists), AGAIN]
+    return [REFERENCE, *finalists, AGAIN, *(one for one in grid if one not in finalists)]
 
 
-class FeatureCache:
-    """Features of pictures by their content, a chunk a file: computed once, in the processes of a cache."""
-
-    def __init__(self, cache: Cache, network: Path) -> None:
-        self._folder, self._network, self._workers = cache.folder / "features", network, cache.workers
-        self.sha256 = hashlib.sha256(network.read_bytes()).hexdigest()
-        self._folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, pictures: Pictures) -> Features:
-        chunks = self._chunks(pictures)
-        if missing := [(path, part) for path, part in chunks if not path.exists()]:
-            with workers(self._workers, _open, self._network) as pool:
-                list(pool.map(_extract, *zip(*missing, strict=True)))
-        return np.concatenate([np.load(path) for path, _ in chunks])
-
-    def has(self, pictures: Pictures) -> bool:
-        """Whether none is left to compute."""
-        return all(path.exists() for path, _ in self._chunks(pictures))
-
-    def _chunks(self, pictures: Pictures) -> list[tuple[Path, Pictures]]:
-        parts = [pictures[at : at + CHUNK] for at in range(0, len(pictures), CHUNK)]
-        names = [hashlib.sha256(self.sha256.encode() + part.tobytes()).hexdigest() for part in parts]
-        return [(self._folder / f"{name}.npy", part) for name, part in zip(names, parts, strict=True)]
-
-
-_network: sdedit.FeatureNetwork  # of a worker process
-
-
-def _open(path: Path) -> None:
-    global _network
-    import torch
-
-    from sdedit.export.features import open_features
-
-    torch.set_num_threads(1)
-    _network = open_features(path)
-
-
-def _extract(path: Path, pictures: Pictures) -> None:
-    save(path, _network(pictures))
-
-
-def measure(features: Features, reference: Features, real: Features, distances: NDArray[np.float64]) -> dict[str, Any]:
-    """One setting's figures. features, reference: of the results of the same guides, this setting's and em-500's.
+class Measures:
+    """Of one setting's results beside em-500's, of the same guides.
 
     Distances between distributions are of results of different guides, one half's against the other's: results of the
     same guide resemble each other, which would hide a difference.
     """
-    half, size = len(features) // 2, len(features) // 4
-    whole: dict[str, int] = {"subset_size": size, "subsets": SUBSETS}
-    halves: dict[str, int] = {"subset_size": size // 2, "subsets": SUBSETS}
-    ours, theirs, others = features[:half], reference[:half], reference[half:]
-    l2_error = distances.std(ddof=1) / len(distances) ** 0.5
-    return {
-        "kid": figures(sdedit.kid(features, real, **whole)),
-        "kid_minus_em500": figures(sdedit.kid_difference(features, reference, real, **whole)),
-        "to_em500": figures(sdedit.kid(ours, others, **halves)),
-        "to_em500_minus_em500": figures(sdedit.kid_difference(ours, theirs, others, **halves)),
-        "l2": {"value": float(distances.mean()), "standard_error": float(l2_error)},
-    }
+
+    def __init__(self, reference: Rows, real: Rows) -> None:
+        """Features of em-500's results, and of photographs."""
+        half, size = len(reference) // 2, len(reference) // 4
+        self._half, self._real, self._others = half, gram.Beside(real), gram.Beside(reference[half:])
+        self._theirs, self._their_half = self._real(reference), self._others(reference[:half])
+        self._whole = {"subset_size": size, "subsets": SUBSETS}
+        self._halves = {"subset_size": size // 2, "subsets": SUBSETS}
+
+    def __call__(self, features: Rows, distances: NDArray[np.float64]) -> dict[str, Any]:
+        """distances: L2 to the guides."""
+        ours, our_half = self._real(features), self._others(features[: self._half])
+        l2_error = distances.std(ddof=1) / len(distances) ** 0.5
+        return {
+            "kid": figures(gram.kid(ours, **self._whole)),
+            "kid_minus_em500": figures(gram.kid_difference(ours, self._theirs, **self._whole)),
+            "to_em500": figures(gram.kid(our_half, **self._halves)),
+            "to_em500_minus_em500": figures(gram.kid_difference(our_half, self._their_half, **self._halves)),
+            "l2": {"value": float(distances.mean()), "standard_error": float(l2_error)},
+        }
 
 
 def figures(measured: sdedit.Kid) -> dict[str, float]:
     return {"value": measured.value, "standard_error": measured.standard_error}
 
 
-def make(cache: Cache, guides: Guides, features: FeatureCache) -> None:
-    """Everything that is not there yet."""
-    features(guides.held_out)
-    todo = settings()
-    for number, setting in enumerate(todo):
-        features(results(cache, setting, guides))
-        print(f"{number + 1} of {len(todo)} settings: {setting.name}", file=sys.stderr, flush=True)
+def make(cache: Cache, guides: Guides, features: Features, todo: list[Setting], end: float | None) -> None:
+    """What is not there yet, in this order, until the end."""
+    work = features.begin(guides.held_out)
+    for number, setting in enumerate(made(cache, todo, guides, until=end), start=1):
+        work += features.begin(results(cache, setting, guides))
+        print(f"{number} of {len(todo)} settings: {setting.name}", file=sys.stderr, flush=True)
+    finish(work)
 
 
-def report(cache: Cache, guides: Guides, features: FeatureCache) -> dict[str, Any]:
+def report(cache: Cache, guides: Guides, features: Features) -> dict[str, Any]:
     """The figures of every setting that is finished, and what they were made with."""
-    made = [one for one in settings() if not cache.missing(one, guides)]
-    done = [one for one in made if features.has(results(cache, one, guides))]
+    whole = [one for one in settings() if not cache.missing(one, guides)]
+    done = [one for one in whole if features.has(results(cache, one, guides))]
     if REFERENCE not in done:
         raise sdedit.OptionError(
-            f"{REFERENCE.name} is not finished: there is nothing to compare with", hint="leave --report out to make it"
+            f"{REFERENCE.name} is not finished: there is nothing to compare with",
+            hint="the same command again, without --report, goes on",
         )
-    real, painted = features(guides.held_out), guides.painted()
-    reference = features(results(cache, REFERENCE, guides))
+    painted = cache.painted(guides)
+    measure = Measures(features(results(cache, REFERENCE, guides)), features(guides.held_out))
     rows = []
     for setting in done:
         pictures = results(cache, setting, guides)
         distances = sdedit.l2(painted, pictures)
-        rows.append(asdict(setting) | measure(features(pictures), reference, real, distances))
+        rows.append(asdict(setting) | measure(features(pictures), distances))
         say(rows[-1])
     return {
         "conditions": {
@@ -165,22 +133,42 @@ def say(row: dict[str, Any]) -> None:
     )
 
 
+def draw(study: dict[str, Any], folder: Path) -> None:
+    from few_steps_plot import draw  # here: the worker processes import this file, and need no matplotlib
+
+    draw(study, folder / "few_steps.png")
+
+
+def show(study: dict[str, Any], cache: Cache, guides: Guides, path: Path) -> None:
+    """Pictures of em-500 beside those of the settings with few steps that have the lowest KID."""
+    from few_steps_plot import best, sheet
+
+    columns = {
+        "photograph": guides.photos,
+        "guide": cache.painted(guides),
+        "em 500": results(cache, REFERENCE, guides),
+    }
+    for row in best(study["settings"], SHOWN_STEPS):
+        setting = Setting(**{name: row[name] for name in asdict(REFERENCE)})
+        columns[f"{setting.sampler} {setting.steps}"] = results(cache, setting, guides)
+    sheet(columns, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="How many steps an edit needs.")
     add_arguments(parser)
-    parser.add_argument("--features", type=Path, required=True, metavar="FILE", help="FID's Inception as TorchScript")
-    parser.add_argument("--report", action="store_true", help="make nothing new: measure, write data and plot")
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    parser.set_defaults(draw=draw)
+    parser.add_argument("--settings", type=int, metavar="N", help="make only the first N, those of most interest")
     arguments = parser.parse_args()
-    from few_steps_plot import draw  # here: the worker processes import this file, and need no matplotlib
-
+    end = until(arguments)
     cache, guides = opened(arguments)
-    features = FeatureCache(cache, arguments.features)
+    features = Features(cache, arguments.features, arguments.feature_workers)
     if not arguments.report:
-        make(cache, guides, features)
+        make(cache, guides, features, settings()[: arguments.settings], end)
     study = report(cache, guides, features)
     (arguments.output / "few_steps.json").write_text(json.dumps(study, indent=1) + "\n")
-    draw(study, arguments.output / "few_steps.png")
+    draw(study, arguments.output)
+    show(study, cache, guides, arguments.output / "few_steps_pictures.png")
     print(
         f"{study['done']} of {study['of']} settings; *: at most {MOST_EVALUATIONS} evaluations, and KID at most two "
         "paired standard errors over em-500's"

@@ -1,14 +1,17 @@
-"""The plot of few_steps.py: a row a measure, a column a spacing, a line a sampler."""
+"""The plot of few_steps.py (a row a measure, a column a spacing, a line a sampler) and its sheet of pictures."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import look
 import matplotlib
 
 matplotlib.use("agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
+from samples import Pictures
 
 import sdedit
 
@@ -16,6 +19,7 @@ Row = dict[str, Any]
 
 COLORS = dict(zip(sdedit.SAMPLERS, ("0.55", "tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
 TITLES = {"uniform": "uniform in t", "log-sigma": "uniform in log σ", "karras": "Karras (ρ = 7)"}
+SHOWN_GUIDES = 8
 MEASURES = {
     "kid": ("KID to photographs ×10³", 1e3),
     "to_em500": ("KID to em-500's results ×10³", 1e3),
@@ -54,6 +58,18 @@ def draw(study: dict[str, Any], path: Path) -> None:
     figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def best(rows: list[Row], steps: Sequence[int]) -> list[Row]:
+    """For each number of steps the row with the lowest KID, of those samplers that need not be em."""
+    ours = [[row for row in rows if row["steps"] == n and row["sampler"] != "em"] for n in steps]
+    return [min(some, key=lambda row: float(row["kid"]["value"])) for some in ours if some]
+
+
+def sheet(columns: Mapping[str, Pictures], path: Path) -> None:
+    """The first guides, a row each."""
+    rows = [[pictures[i] for pictures in columns.values()] for i in range(SHOWN_GUIDES)]
+    look.sheet(rows, list(columns)).save(path)
 
 
 def _panel(panel: Axes, rows: list[Row], measure: str, scale: float) -> None:

@@ -12,13 +12,12 @@ import sdedit
 COUNT = 100  # photographs
 
 
-def collages(guides: Guides, count: int) -> tuple[Pictures, NDArray[np.uint8]]:
-    """Photographs whose masked part is strokes, and the masks (count, 64, 64): ellipses, 255 inside, 0 outside."""
-    photos, painted = guides.photos[:count], guides.painted()[:count]
+def collages(photos: Pictures, painted: Pictures) -> tuple[Pictures, NDArray[np.uint8]]:
+    """Photographs whose masked part is strokes, and the masks (N, 64, 64): ellipses, 255 inside, 0 outside."""
     rng = np.random.default_rng(1)
     rows, columns = np.mgrid[:64, :64]
     masks = []
-    for _ in range(count):
+    for _ in range(len(photos)):
         (y, x), (b, a) = rng.uniform(20, 44, 2), rng.uniform(8, 20, 2)
         masks.append(((rows - y) / b) ** 2 + ((columns - x) / a) ** 2 <= 1)
     inside = np.stack(masks)
@@ -31,9 +30,8 @@ def measure(cache: Cache, guides: Guides, setting: Setting) -> dict[str, Any]:
     path = cache.folder / f"masked-{setting.name}-{count}.json"
     if path.exists():
         return dict(json.loads(path.read_text()))
-    pictures, masks = collages(guides, count)
-    editor = sdedit.load(cache.model, backend="ort-cpu", threads=1)
-    made = editor.edit(list(pictures), mask=list(masks), batch=CHUNK, **setting.options())
+    pictures, masks = collages(guides.photos[:count], cache.painted(guides)[:count])
+    made = cache.editor.edit(list(pictures), mask=list(masks), batch=CHUNK, **setting.options())
     pixels = np.stack([one.pixels for one in made.results])
     outside, whole = sdedit.l2(pictures, pixels, mask=masks), sdedit.l2(pictures, pixels)
     found = {

@@ -1,62 +1,72 @@
-"""Features of what a cache holds, kept beside it: the network sees a picture once."""
+"""Features of pictures, kept beside the results in a cache: the network sees a picture once."""
 
 import hashlib
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from samples import CHUNK, Cache, Guides, Pictures, Setting, results
+from samples import CHUNK, Cache, Pictures, Work, finish, pool, save
 
 import sdedit
 
+CALL = 5  # chunks that a worker process takes at once
 
-@dataclass(frozen=True)
+Rows = NDArray[np.float32]  # (N, F)
+
+
 class Features:
-    """A feature network (TorchScript or ONNX) and the rows that it has given, in a folder of the cache."""
+    """What a network (TorchScript or ONNX) makes of pictures, by their content, a chunk of 20 a file.
 
-    cache: Cache
-    path: Path
-    sha256: str = field(init=False)
+    Worker processes of one thread scale the pictures and run the network: on a GPU where PyTorch sees one.
+    """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sha256", hashlib.sha256(self.path.read_bytes()).hexdigest())
+    def __init__(self, cache: Cache, network: Path, workers: int) -> None:
+        self.path, self._workers = network, workers
+        self.sha256 = hashlib.sha256(network.read_bytes()).hexdigest()
+        self._folder = cache.folder / "features" / self.sha256[:12]
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, pictures: Pictures) -> Rows:
+        """A row for each, in their order."""
+        finish(self.begin(pictures))
+        return np.concatenate([np.load(path) for path, _ in self._chunks(pictures)])
+
+    def begin(self, pictures: Pictures) -> Work:
+        """Have the missing rows computed."""
+        missing = [(path, part) for path, part in self._chunks(pictures) if not path.exists()]
+        calls = (missing[at : at + CALL] for at in range(0, len(missing), CALL))
+        return [self._pool.submit(_extract, *zip(*call, strict=True)) for call in calls]
+
+    def has(self, pictures: Pictures) -> bool:
+        """Whether none is left to compute."""
+        return all(path.exists() for path, _ in self._chunks(pictures))
 
     @cached_property
-    def _network(self) -> "sdedit.FeatureNetwork":
-        if self.path.suffix == ".onnx":
-            return sdedit.open_features(self.path)
-        from sdedit.export.features import open_features  # torch
+    def _pool(self) -> ProcessPoolExecutor:
+        return pool(self._workers, _open, self.path)
 
-        return open_features(self.path)
+    def _chunks(self, pictures: Pictures) -> list[tuple[Path, Pictures]]:
+        parts = [pictures[at : at + CHUNK] for at in range(0, len(pictures), CHUNK)]
+        return [(self._folder / f"{hashlib.sha256(part.tobytes()).hexdigest()[:32]}.npy", part) for part in parts]
 
-    def of_results(self, setting: Setting, guides: Guides) -> NDArray[np.float32]:
-        """(guides.count, F). Results that are not there yet are made."""
-        pixels = results(self.cache, setting, guides)
-        return self._rows(setting.name, len(pixels), lambda at: pixels[at : at + CHUNK])
 
-    def of_real(self, guides: Guides) -> NDArray[np.float32]:
-        """(M, F) of all held-out photographs."""
-        return self._rows("real", len(guides.held_out), lambda at: guides.held_out[at : at + CHUNK])
+_network: sdedit.FeatureNetwork  # of a worker process
 
-    def of_guides(self, guides: Guides, colors: int) -> NDArray[np.float32]:
-        """(guides.count, F) of the stroke paintings themselves."""
-        pixels = guides.painted(colors)
-        return self._rows(f"guides-colors{colors}", len(pixels), lambda at: pixels[at : at + CHUNK])
 
-    def _rows(self, name: str, count: int, pixels: Callable[[int], Pictures]) -> NDArray[np.float32]:
-        folder = self.cache.folder / "features" / self.sha256[:12] / name
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for at in range(0, count, CHUNK):
-            path = folder / f"{at // CHUNK:03d}.npy"
-            if not path.exists():
-                scratch = path.with_name(f".{path.name}.{os.getpid()}")
-                with scratch.open("wb") as file:
-                    np.save(file, self._network(pixels(at)))
-                os.replace(scratch, path)
-            rows.append(np.load(path))
-        return np.concatenate(rows)
+def _open(path: Path) -> None:
+    global _network
+    import torch
+
+    from sdedit.export.features import open_features
+
+    torch.set_num_threads(1)
+    _network = open_features(path)
+
+
+def _extract(paths: tuple[Path, ...], parts: tuple[Pictures, ...]) -> None:
+    rows = _network(np.concatenate(parts))
+    ends = np.cumsum([len(part) for part in parts])[:-1]
+    for path, some in zip(paths, np.split(rows, ends), strict=True):
+        save(path, some)

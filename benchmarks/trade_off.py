@@ -2,25 +2,27 @@
 what repeats, samplers and steps change.
 
 python benchmarks/trade_off.py EuroSAT_RGB.zip --cache DIR --features INCEPTION.pt [-o benchmarks/results]
+python benchmarks/trade_off.py --redraw benchmarks/results/trade_off.json
 
-Resumable: results and features are kept in DIR, and the report is written anew after every part. --no-new reports
-what is there already.
+Resumable: results and features are kept in DIR, which may be that of few_steps.py. --minutes M stops making new ones
+after so long, --report makes none; what there is then is reported.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import bound
+import gram
 import masked
 import numpy as np
 import samples
 import trade_off_report
-from measured import Features
+from measured import Features, Rows
 from samples import Cache, Guides, Setting
 
 import sdedit
@@ -48,26 +50,47 @@ class Study:
 
     def __init__(self, cache: Cache, guides: Guides, features: Features) -> None:
         self.cache, self.guides, self.features = cache, guides, features
-        self.real = features.of_real(guides)
+
+    def make(self, end: float | None) -> None:
+        """What is not there yet, most telling first, until the end."""
+        work = self.features.begin(self.guides.held_out)
+        for colors in COLORS:
+            work += self.features.begin(self.cache.painted(self.guides, colors))
+        todo = list(dict.fromkeys(setting for settings in parts().values() for setting in settings))
+        for number, setting in enumerate(samples.made(self.cache, todo, self.guides, until=end), start=1):
+            work += self.features.begin(samples.results(self.cache, setting, self.guides))
+            print(f"{number} of {len(todo)} settings: {setting.name}", file=sys.stderr, flush=True)
+        samples.finish(work)
+
+    def has(self, setting: Setting) -> bool:
+        """Whether its results and their features are there."""
+        if self.cache.missing(setting, self.guides):
+            return False
+        return self.features.has(samples.results(self.cache, setting, self.guides))
+
+    @cached_property
+    def beside_real(self) -> gram.Beside:
+        """The kernels of results beside the photographs."""
+        return gram.Beside(self.features(self.guides.held_out))
 
     def row(self, setting: Setting) -> dict[str, Any]:
         """KID to the real photographs, L2 to the guides."""
-        found = self._kid(self.features.of_results(setting, self.guides))
         made = samples.results(self.cache, setting, self.guides)
-        return asdict(setting) | found | _l2(self.guides.painted(setting.colors), made)
+        l2 = _l2(self.cache.painted(self.guides, setting.colors), made)
+        return asdict(setting) | self._kid(self.features(made)) | l2
 
     def guide_row(self, colors: int) -> dict[str, Any]:
         """The stroke paintings themselves: where t0 = 0 is."""
-        return {"colors": colors} | self._kid(self.features.of_guides(self.guides, colors))
+        return {"colors": colors} | self._kid(self.features(self.cache.painted(self.guides, colors)))
 
     def difference(self, one: Setting, other: Setting) -> dict[str, Any]:
         """KID of `one` less KID of `other`, over the same subsets."""
-        rows = [self.features.of_results(setting, self.guides) for setting in (one, other)]
-        kid = sdedit.kid_difference(*rows, self.real, subset_size=SUBSET_SIZE, subsets=SUBSETS)
+        rows = [self.features(samples.results(self.cache, setting, self.guides)) for setting in (one, other)]
+        kid = gram.kid_difference(*map(self.beside_real, rows), subset_size=SUBSET_SIZE, subsets=SUBSETS)
         return {"one": asdict(one), "other": asdict(other), "kid": kid.value, "kid_se": kid.standard_error}
 
-    def _kid(self, rows: Any) -> dict[str, float]:
-        kid = sdedit.kid(rows, self.real, subset_size=SUBSET_SIZE, subsets=SUBSETS)
+    def _kid(self, rows: Rows) -> dict[str, float]:
+        kid = gram.kid(self.beside_real(rows), subset_size=SUBSET_SIZE, subsets=SUBSETS)
         return {"kid": kid.value, "kid_se": kid.standard_error}
 
 
@@ -82,7 +105,7 @@ def conditions(study: Study) -> dict[str, Any]:
     return {
         **study.cache.claim(study.guides),
         "guides": study.guides.count,
-        "real": len(study.real),
+        "real": len(study.guides.held_out),
         "seeds": "guide's index, run a",
         "features": {"name": network.path.name, "sha256": network.sha256, "input": "299 pixels, (pixel - 128) / 128"},
         "kid": {"subset_size": SUBSET_SIZE, "subsets": SUBSETS, "standard_error": "see sdedit.kid"},
@@ -90,48 +113,60 @@ def conditions(study: Study) -> dict[str, Any]:
     }
 
 
-def measure(study: Study, *, only_kept: bool) -> Iterator[dict[str, Any]]:
-    """The whole report, after every part that has come to it. only_kept: leave out what is not in the cache."""
-    report: dict[str, Any] = {"conditions": conditions(study)}
-
-    def at_hand(setting: Setting) -> bool:
-        return not only_kept or not study.cache.missing(setting, study.guides)
-
-    report["masked"] = masked.measure(study.cache, study.guides, BASE)
-    report["bound"] = [bound.measure(study.cache, study.guides, setting) for setting in parts()["t0"]]
-    report["guide"] = [study.guide_row(colors) for colors in COLORS]
-    for name, settings in parts().items():
-        report[name] = []
-        for setting in settings:
-            if at_hand(setting):
-                report[name].append(study.row(setting))
-                print(f"{name}: {setting.name}", file=sys.stderr, flush=True)
-        yield report
+def report(study: Study) -> dict[str, Any]:
+    """What is measured of the settings that are finished."""
+    rows = {
+        setting: study.row(setting)
+        for setting in dict.fromkeys(setting for settings in parts().values() for setting in settings)
+        if study.has(setting)
+    }
     pairs = [(replace(BASE, sampler="em", steps=steps), replace(BASE, steps=steps)) for steps in STEPS]
-    report["differences"] = [study.difference(*pair) for pair in pairs if all(map(at_hand, pair))]
-    yield report
+    return {
+        "conditions": conditions(study),
+        "guide": [study.guide_row(colors) for colors in COLORS],
+        **{name: [rows[one] for one in settings if one in rows] for name, settings in parts().items()},
+        "differences": [study.difference(*pair) for pair in pairs if set(pair) <= rows.keys()],
+    }
+
+
+def show(study: Study, folder: Path) -> None:
+    """The sheets of pictures whose settings are finished."""
+
+    def at(t0: float) -> samples.Pictures | None:
+        setting = replace(BASE, t0=t0)
+        return samples.results(study.cache, setting, study.guides) if study.has(setting) else None
+
+    made = {t0: pictures for t0 in trade_off_report.SHOWN_T0S if (pictures := at(t0)) is not None}
+    trade_off_report.show(study.guides.photos, study.cache.painted(study.guides), made, folder)
+    if (sampled := at(1.0)) is not None:
+        trade_off_report.show_samples(sampled, folder)
+
+
+def write(found: dict[str, Any], folder: Path) -> None:
+    (folder / "trade_off.json").write_text(json.dumps(found, indent=1) + "\n")
+    trade_off_report.draw(found, folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Realism against faithfulness.")
     samples.add_arguments(parser)
-    parser.set_defaults(guides=500)
-    parser.add_argument(
-        "--features", type=Path, required=True, metavar="FILE", help="FID's Inception: TorchScript or ONNX"
-    )
-    parser.add_argument("--no-new", action="store_true", help="report what the cache has, make no edits")
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).with_name("results"), metavar="DIR")
+    parser.set_defaults(guides=500, draw=trade_off_report.draw)
     arguments = parser.parse_args()
+    end = samples.until(arguments)
     cache, guides = samples.opened(arguments)
-    study = Study(cache, guides, Features(cache, arguments.features))
-    for report in measure(study, only_kept=arguments.no_new):
-        (arguments.output / "trade_off.json").write_text(json.dumps(report, indent=1) + "\n")
-        trade_off_report.draw(report, arguments.output)
-    shown = [replace(BASE, t0=t0) for t0 in trade_off_report.SHOWN_T0S]
-    if not any(cache.missing(setting, guides) for setting in shown):
-        made = {setting.t0: samples.results(cache, setting, guides) for setting in shown}
-        trade_off_report.show(guides, made, arguments.output)
+    study = Study(cache, guides, Features(cache, arguments.features, arguments.feature_workers))
+    if not arguments.report:
+        study.make(end)
+    found = report(study)
+    write(found, arguments.output)
+    show(study, arguments.output)
+    found["masked"] = masked.measure(cache, guides, BASE)
+    found["bound"] = [bound.measure(cache, guides, setting) for setting in parts()["t0"]]
+    write(found, arguments.output)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except sdedit.SdeditError as error:
+        sys.exit(f"error: {error}\nhint: {error.hint}")

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import look
 import numpy as np
-from samples import Guides, Pictures
+from samples import Pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHOWN_T0S = (0.1, 0.3, 0.5, 0.7, 0.9)
-SHOWN_GUIDES = 5
+SHOWN_GUIDES, SHOWN_SAMPLES = 5, 8
 PAPER_COLORS = {3: 0.0233, 6: 0.0156, 16: 0.0135, 30: 0.0128, 50: 0.0126}  # KID on churches, its table 4
 
 Report = Mapping[str, Any]
@@ -31,12 +31,18 @@ def draw(report: Report, folder: Path) -> None:
     (folder / "trade_off.md").write_text("\n".join(text(report)) + "\n")
 
 
-def show(guides: Guides, made: Mapping[float, Pictures], folder: Path) -> None:
+def show(photos: Pictures, painted: Pictures, made: Mapping[float, Pictures], folder: Path) -> None:
     """trade_off_pictures.png: photographs, strokes and results."""
-    painted = guides.painted()
     columns = ["photograph", "guide", *(f"t0 = {t0}" for t0 in made)]
-    rows = [[guides.photos[i], painted[i], *(made[t0][i] for t0 in made)] for i in range(SHOWN_GUIDES)]
+    rows = [[photos[i], painted[i], *(pictures[i] for pictures in made.values())] for i in range(SHOWN_GUIDES)]
     look.sheet(rows, columns).save(folder / "trade_off_pictures.png")
+
+
+def show_samples(pictures: Pictures, folder: Path) -> None:
+    """trade_off_samples.png: results at t0 = 1, where nothing of the guide is left."""
+    rows = [list(pictures[at : at + SHOWN_SAMPLES]) for at in range(0, 4 * SHOWN_SAMPLES, SHOWN_SAMPLES)]
+    columns = ["t0 = 1", *[""] * (SHOWN_SAMPLES - 1)]
+    look.sheet(rows, columns).save(folder / "trade_off_samples.png")
 
 
 def _against_t0(axes: "Axes", report: Report) -> None:
@@ -110,6 +116,8 @@ def text(report: Report) -> Iterator[str]:
         "",
         "![Strokes edited from five values of t0](trade_off_pictures.png)",
         "",
+        "![Results at t0 = 1](trade_off_samples.png)",
+        "",
         f"{made['guides']} stroke paintings of held-out EuroSAT photographs, one result each ({made['seeds']}), edited "
         f"by `{made['model']['name']}` ({made['model']['sha256'][:12]}) on `{made['backend']}`; t0 0.5, 30 `ancestral` "
         f"steps, K = 1 and 6 colours where nothing else is said. KID: to all {made['real']} held-out photographs "
@@ -126,12 +134,23 @@ def text(report: Report) -> Iterator[str]:
     for claim in _claims(report):
         yield f"- {claim}"
     yield from ("", "## Figures", "")
+    yield from _quality(report)
     yield from _table(report.get("t0", []), "t0", "t0")
     yield from _table(report.get("colors", []), "colors", "colours")
     yield from _table(report.get("repeats", []), "repeats", "K")
     yield from _samplers(report)
-    yield from _masked(report["masked"])
-    yield from _bound(report["bound"])
+    if "masked" in report:
+        yield from _masked(report["masked"])
+    if "bound" in report:
+        yield from _bound(report["bound"])
+
+
+def _quality(report: Report) -> Iterator[str]:
+    """The two figures that say how good the model is."""
+    found = {row["t0"]: _pm(row, "kid", 4) for row in report.get("t0", [])}
+    if {0.5, 1.0} <= found.keys():
+        yield f"The model: KID {found[1.0]} at t0 = 1 (pure sampling) and {found[0.5]} at t0 = 0.5 from strokes."
+        yield ""
 
 
 def _table(rows: Rows, x: str, title: str) -> Iterator[str]:

@@ -13,7 +13,9 @@ import sdedit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import few_steps
+import gram
 import samples
+from measured import Features
 from samples import CHUNK, Cache, Guides, Setting, results
 
 QUICK = Setting(0.5, 2, "ancestral")
@@ -40,7 +42,7 @@ def made(model: Path, guides: Guides, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_settings_results_are_the_engines_with_a_seed_for_each_guide(
     made: tuple[Cache, np.ndarray], model: Path, guides: Guides
 ) -> None:
-    painted = list(guides.painted(6))
+    painted = list(samples.paint(guides.photos, 6))
     wanted = sdedit.load(model, backend="ort-cpu", threads=1).edit(painted, t0=0.5, steps=2, batch=CHUNK)
     assert np.array_equal(made[1], np.stack([one.pixels for one in wanted.results]))
 
@@ -55,6 +57,58 @@ def test_only_missing_chunks_are_made_again(made: tuple[Cache, np.ndarray], guid
     again = results(cache, QUICK, guides)
     assert np.array_equal(again, np.concatenate([marked, before[CHUNK:]]))
     np.save(first, before[:CHUNK])
+
+
+def test_a_network_call_of_several_chunks_changes_nothing_but_rounding(
+    made: tuple[Cache, np.ndarray], guides: Guides, tmp_path: Path
+) -> None:
+    together = results(replace(made[0], folder=tmp_path, batch=2 * CHUNK), QUICK, guides)
+    assert np.abs(together.astype(int) - made[1]).max() <= 1
+
+
+def test_a_batch_that_holds_no_whole_chunks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(sdedit.OptionError, match="batch is 30; wanted a multiple of 20"):
+        Cache(tmp_path, batch=30)
+
+
+def test_after_its_end_a_study_has_what_was_whole(made: tuple[Cache, np.ndarray], guides: Guides) -> None:
+    other = replace(QUICK, steps=3)
+    assert list(samples.made(made[0], [QUICK, other], guides, until=0.0)) == []
+    assert list(samples.made(made[0], [QUICK], guides)) == [QUICK]
+    assert len(made[0].missing(other, guides)) == 2
+
+
+def test_a_cache_of_another_backend_is_refused(made: tuple[Cache, np.ndarray], guides: Guides) -> None:
+    path = made[0].folder / samples.MADE_BY
+    before = path.read_text()
+    path.write_text(before.replace("ort-cpu", "ort-cuda"))
+    with pytest.raises(sdedit.OptionError, match="were made with backend ort-cuda, not ort-cpu"):
+        results(made[0], QUICK, guides)
+    path.write_text(before)
+
+
+def test_features_are_kept_by_content(made: tuple[Cache, np.ndarray], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    mean = torch.jit.script(torch.nn.Flatten())
+    torch.jit.save(mean, tmp_path / "network.pt")
+    features = Features(replace(made[0], folder=tmp_path), tmp_path / "network.pt", 1)
+    assert not features.has(made[1])
+    rows = features(made[1])
+    assert rows.shape == (2 * CHUNK, 3 * 299**2)
+    assert features.has(made[1][CHUNK:])
+    assert np.array_equal(features(made[1][CHUNK:]), rows[CHUNK:])
+
+
+def test_kid_from_kernel_matrices_is_kid() -> None:
+    rng = np.random.default_rng(0)
+    real, one, other = (rng.normal(size=(n, 8)) for n in (70, 50, 50))
+    size = {"subset_size": 20, "subsets": 12, "seed": 3}
+    grams = [gram.Beside(real)(a) for a in (one, other)]
+    for ours, wanted in (
+        (gram.kid(grams[0], **size), sdedit.kid(one, real, **size)),
+        (gram.kid_difference(*grams, **size), sdedit.kid_difference(one, other, real, **size)),
+    ):
+        assert (ours.value, ours.standard_error) == pytest.approx((wanted.value, wanted.standard_error), rel=1e-9)
 
 
 def test_more_guides_begin_with_the_same(guides: Guides) -> None:
@@ -77,16 +131,16 @@ def test_another_run_has_other_seeds_and_another_folder() -> None:
 def test_every_setting_of_the_study_has_a_folder_of_its_own() -> None:
     study = few_steps.settings()
     assert len({one.name for one in study}) == len(study) == len(few_steps.STEPS) * 15 + 2
-    assert (study[0], study[-1]) == (few_steps.REFERENCE, few_steps.AGAIN)
-    assert {one.steps for one in study[1:14]} == {20, 25}  # those of most interest first
+    assert (study[0], study[26]) == (few_steps.REFERENCE, few_steps.AGAIN)
+    assert {one.steps for one in study[1:26]} == {20, 25}  # those of most interest first
 
 
 def test_the_same_results_are_no_worse_than_em_and_others_are() -> None:
     rng = np.random.default_rng(0)
     real, reference = rng.normal(size=(400, 8)), rng.normal(size=(200, 8)) + 0.1
     distances = np.ones(200)
-    same = few_steps.measure(reference, reference, real, distances)
-    worse = few_steps.measure(reference + 1, reference, real, distances)
+    measure = few_steps.Measures(reference, real)
+    same, worse = measure(reference, distances), measure(reference + 1, distances)
     assert same["kid_minus_em500"]["value"] == same["to_em500_minus_em500"]["value"] == 0
     for name in ("kid_minus_em500", "to_em500_minus_em500"):
         assert worse[name]["value"] > 5 * worse[name]["standard_error"]
