@@ -62,33 +62,45 @@ def require_libraries(name: str) -> None:
 
 
 def missing_library(name: str) -> str | None:
-    """What the system's loader says of the first of NVIDIA's libraries that the provider links; None if all load.
+    """What the system's loader says of the first of NVIDIA's libraries that the provider wants; None if all load.
 
-    The provider itself is not loaded: it may only be by ONNX Runtime.
+    The provider itself is not loaded: it may only be by ONNX Runtime. Of a library that it names in several versions
+    (cuDNN's frontend looks for any NVRTC) one is enough.
     """
-    for library in linked_libraries("tensorrt" if name == "ort-tensorrt" else "cuda"):
-        try:
-            ctypes.CDLL(library)
-        except OSError as error:
-            return str(error)
+    for library in linked_libraries("tensorrt" if name == "ort-tensorrt" else "cuda").values():
+        said = [_load_error(version) for version in library]
+        if None not in said:
+            return said[0]
     return None
 
 
-def linked_libraries(kind: str) -> list[str]:
-    """NVIDIA's libraries that this ONNX Runtime's provider of a kind ("cuda", "tensorrt") names; [] off Linux."""
+def _load_error(library: str) -> str | None:
+    try:
+        ctypes.CDLL(library)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def linked_libraries(kind: str) -> dict[str, list[str]]:
+    """NVIDIA's libraries that this ONNX Runtime's provider of a kind ("cuda", "tensorrt") names: each one's versions,
+    such as {"libcublas": ["libcublas.so.13"]}; {} off Linux.
+    """
     import onnxruntime
 
     provider = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{kind}.so"
-    if not provider.is_file():
-        return []
-    names = re.findall(rb"\0(lib(?:cu|nv)\w+\.so\.\d+)(?=\0)", provider.read_bytes())
-    return list(dict.fromkeys(name.decode() for name in names))
+    found: dict[str, list[str]] = {}
+    if provider.is_file():
+        names = re.findall(rb"\0(lib(?:cu|nv)\w+\.so\.\d+)(?=\0)", provider.read_bytes())
+        for name in dict.fromkeys(name.decode() for name in names):
+            found.setdefault(name.split(".")[0], []).append(name)
+    return found
 
 
 def wanted_tensorrt() -> str | None:
     """The major version of TensorRT that this ONNX Runtime's provider was linked with; None where it has none."""
-    linked = (re.fullmatch(r"libnvinfer\.so\.(\d+)", library) for library in linked_libraries("tensorrt"))
-    return next((found[1] for found in linked if found), None)
+    linked = linked_libraries("tensorrt").get("libnvinfer")
+    return linked[0].rpartition(".")[2] if linked else None
 
 
 class OrtGpuBackend(OrtBackend):
