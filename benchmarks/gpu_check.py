@@ -86,7 +86,7 @@ def check_normals(driver: Driver, shapes: list[Shape]) -> Row:
 
         def look(step: sdedit.Step, noise: sdedit.Noise = noise) -> None:
             nonlocal compared, differing
-            wanted = noise(step.number - 1, step.repeat, 0)
+            wanted = noise(step.number - 1, step.repeat, 0) + np.float32(0)  # as the update adds zeros: -0 is 0
             compared += wanted.size
             differing += int(np.count_nonzero(step.denoised.view(np.uint32) != wanted.view(np.uint32)))
 
