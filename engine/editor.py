@@ -102,6 +102,18 @@ class Editor:
         already. As many steps run as fit into it, at most those there would be without it; `EditResult.budget` tells.
         Raises an SdeditError: ImageError, OptionError (a budget too small for one step, say), NetworkError, Cancelled.
         """
+        with self._lifetime.inside():  # from the first batch to the last: `close` does not come between them
+            return self._edit(guides, mask, on_step, max_ms, spent_ms, options)
+
+    def _edit(
+        self,
+        guides: Source | Sequence[Source],
+        mask: Source | Sequence[Source] | None,
+        on_step: Callable[[Progress], bool | None] | None,
+        max_ms: float | None,
+        spent_ms: float,
+        options: Mapping[str, Any],
+    ) -> EditResult:
         began = time.perf_counter()
         chosen = make_options(options).resolved(self.artifact.defaults)
         jobs = self._jobs(listed(guides), None if mask is None else listed(mask), chosen)

@@ -15,6 +15,7 @@ from conftest import SHAPE
 from onnx import helper
 
 import sdedit
+from sdedit.budget import StepTimes
 from sdedit.lifetime import Lifetime
 
 HEIGHT, WIDTH = SHAPE[1:]
@@ -161,6 +162,61 @@ def test_close_waits_for_the_edit_that_runs_and_so_does_a_second_one(fresh, pict
     for thread in (editing, *closing):
         thread.join(timeout=60)
     assert sorted(order) == ["again", "close", "edit"]
+
+
+def closes_meanwhile(editor):
+    """Closes an editor from another thread. The thread, once `close` has been called."""
+    closing = threading.Thread(target=editor.close)
+    closing.start()
+    while not editor._lifetime._closing:
+        time.sleep(0.001)
+    return closing
+
+
+@pytest.fixture(scope="module")
+def resizable(models):
+    """A model of any size: D = tanh(x)."""
+    described = metadata((3, 64, 64), SDES["vp"])
+    described["image"] |= {"dynamic": True, "multiple": 8}
+    nodes = [helper.make_node("Tanh", ["x"], ["denoised"])]
+    return save(models / "resizable.onnx", nodes, {}, described, shape=(3, "height", "width"))
+
+
+def test_a_close_between_the_sizes_of_an_edit_waits_for_its_end(resizable, picture):
+    """Windows of two sizes are two executors: at the first step the second one is yet to be had."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[4:8, 4:8] = mask[56:60, 20:60] = 255
+    options = {"mask": mask, "region": "auto", "steps": 2, "seed": 3}
+    guide, closing, sizes = picture(64, 64), [], set()
+    wanted = sdedit.load(resizable, backend="ort-cpu", threads=1).edit(guide, **options).x
+    editor = sdedit.load(resizable, backend="ort-cpu", threads=1)
+
+    def close(progress):
+        if not closing:
+            closing.append(closes_meanwhile(editor))
+        sizes.add(progress.step.denoised.shape)
+        assert closing[0].is_alive()
+
+    result = editor.edit(guide, on_step=close, **options)
+    closing[0].join(timeout=60)
+    assert len(sizes) == 2
+    assert np.array_equal(result.x, wanted)
+    with pytest.raises(sdedit.ClosedError):
+        editor.edit(guide)
+
+
+def test_a_close_after_a_budget_was_calibrated_waits_for_the_edit(fresh, picture, monkeypatch):
+    closing = []
+    pick = StepTimes.pick
+
+    def close_then_pick(*arguments, **options):
+        closing.append(closes_meanwhile(fresh))
+        return pick(*arguments, **options)
+
+    monkeypatch.setattr(StepTimes, "pick", close_then_pick)
+    result = fresh.edit(picture(WIDTH, HEIGHT), steps=2, max_ms=60_000)
+    closing[0].join(timeout=60)
+    assert result.budget.steps == 2
 
 
 def test_a_use_within_a_use_is_finished_too():
