@@ -137,6 +137,7 @@ def main() -> None:
             "batch": result.options.batch,
             "sampler": result.options.sampler,
             "precision": editor.backend.precision,
+            "noise": sdedit.noise_maker(),
         },
         "failed": len(result.failed),
         "best_batch": best,

@@ -1,8 +1,9 @@
 """What the engine adds to the network: time per step outside it, and the start-up of the command.
 
-python benchmarks/lean.py [--runs 15]
+python benchmarks/lean.py [MODEL.onnx ...] [--runs 15] [-o RESULT.json]
 
-One JSON object: conditions, medians, spread (minimum and maximum) and ratios. Runs are interleaved.
+Steps are measured with the bundled model and with those that are named, with compiled noise and with NumPy's. One JSON
+object: conditions, medians, spread (minimum and maximum) and ratios. Runs are interleaved.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -50,18 +52,30 @@ def start_up(runs: int) -> dict[str, object]:
     }
 
 
-def overhead(runs: int, steps: int) -> dict[str, object]:
-    """Edits with the bundled model, batch 1, `ancestral` (noise in every step): time outside the network."""
-    editor = sdedit.load()
-    guide = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    timings = [editor.edit(guide, steps=steps, seed=seed).timings for seed in range(runs + 2)][2:]
-    outside = [(t.loop_ms - t.network_ms) / t.evaluations for t in timings]
-    network = [t.network_ms / t.evaluations for t in timings]
+def overhead(model: Path | None, runs: int, steps: int) -> dict[str, object]:
+    """Edits of one picture, `ancestral` (noise in every step): time outside the network."""
+    editor = sdedit.load(model)
+    size = (editor.artifact.height, editor.artifact.width, editor.artifact.channels)
+    guide = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    timings: dict[str, list[sdedit.Timings]] = {sdedit.noise_maker(): [], "numpy": []}
+    for seed in range(runs + 2):
+        for noise, taken in timings.items():
+            os.environ["SDEDIT_NOISE"] = noise
+            taken.append(editor.edit(guide, steps=steps, seed=seed, sampler="ancestral").timings)
+    del os.environ["SDEDIT_NOISE"]
     return {
         "backend": editor.backend.name,
         "threads": editor.backend.threads,
         **editor.backend.versions,
         "steps": steps,
+        "noise": {noise: outside_network(taken[2:]) for noise, taken in timings.items()},
+    }
+
+
+def outside_network(timings: list[sdedit.Timings]) -> dict[str, object]:
+    outside = [(t.loop_ms - t.network_ms) / t.evaluations for t in timings]
+    network = [t.network_ms / t.evaluations for t in timings]
+    return {
         "network_ms_per_step": summary(network),
         "outside_ms_per_step": summary(outside),
         "outside_share_of_step": summary([o / (o + n) for o, n in zip(outside, network, strict=True)]),
@@ -70,6 +84,8 @@ def overhead(runs: int, steps: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the engine adds to the network.")
+    parser.add_argument("models", metavar="MODEL.onnx", type=Path, nargs="*", help="beside the bundled one")
+    parser.add_argument("-o", "--output", type=Path, help="write the result here too")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=50)
     arguments = parser.parse_args()
@@ -85,10 +101,16 @@ def main() -> None:
     }
     results = {
         "conditions": conditions,
-        "loop": overhead(arguments.runs, arguments.steps),
+        "loop": {
+            "bundled" if model is None else model.stem: overhead(model, arguments.runs, arguments.steps)
+            for model in (None, *arguments.models)
+        },
         "start_up": start_up(arguments.runs),
     }
-    print(json.dumps(results, indent=2))
+    text = json.dumps(results, indent=2)
+    if arguments.output is not None:
+        arguments.output.write_text(f"{text}\n", "utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def show(findings: dict[str, Any]) -> None:
         print(f"  {backend['name']:<16}{'works' if backend['works'] else backend['cause']}")
         if not backend["works"]:
             print(f"  {'':<16}fix: {backend['fix']}")
+    print(f"\nnoise\n  {findings['noise']}")
     cuda, plans = findings["cuda"], findings["plan_cache"]
     print("\ncuda")
     if cuda["works"]:
@@ -76,6 +77,7 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "cores": usable_cores(),
         "packages": packages,
+        "noise": try_noise(),
         "cuda": try_cuda(),
         "backends": [try_backend(name) for name in BACKENDS],
         "plan_cache": {
@@ -112,6 +114,17 @@ def misfits(packages: Mapping[str, str | None]) -> list[str]:
             f"{installed}; fix: pip install 'tensorrt=={wanted}.*', or use --backend tensorrt, which takes both"
         )
     return found
+
+
+def try_noise() -> str:
+    """What makes the noise on this host, or why SDEDIT_NOISE does not do."""
+    from sdedit.capi.shipped import noise_maker
+    from sdedit.errors import SdeditError
+
+    try:
+        return noise_maker()
+    except SdeditError as error:
+        return f"{error}; fix: {error.hint}"
 
 
 def try_cuda() -> dict[str, Any]:

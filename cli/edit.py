@@ -207,6 +207,8 @@ def report(editor: "Editor", result: "EditResult", paths: list[Path], load_ms: f
     """The object that --json prints."""
     from dataclasses import asdict
 
+    from sdedit.capi.shipped import noise_maker
+
     backend = editor.backend
     return {
         "options": asdict(result.options),
@@ -218,6 +220,7 @@ def report(editor: "Editor", result: "EditResult", paths: list[Path], load_ms: f
             **backend.versions,
         },
         "model": {"name": editor.artifact.name, "sha256": editor.artifact.sha256},
+        "noise": noise_maker() if result.timings.device_ms is None else None,  # a GPU makes its own
         "seeds": result.seeds,
         "timings": {"load_ms": load_ms, **asdict(result.timings)},
         **({"budget": asdict(result.budget)} if result.budget else {}),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdedit.artifact import Artifact as Artifact
+    from sdedit.capi.shipped import noise_maker as noise_maker
     from sdedit.collage import Collage as Collage
     from sdedit.collage import Patch as Patch
     from sdedit.collage import compose as compose
@@ -70,6 +71,7 @@ _HOME = {
     name: module
     for module, names in {
         "artifact": "Artifact",
+        "capi.shipped": "noise_maker",
         "collage": "Collage Patch compose",
         "editor": "Editor load",
         "errors": "ArtifactError BackendUnavailable Cancelled ClosedError DeviceError ImageError NetworkError "

@@ -40,6 +40,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sdedit.capi import shipped
 from sdedit.checks import whole
 
 SPECIFICATION = "philox-bm24-v1"
@@ -95,27 +96,25 @@ class Noise:
     """The specified noise of a batch: image i has key seeds[i], whatever else is in the batch.
 
     seeds: B integers in [0, 2^64). shape: (C, H, W) of the full model frame. steps: how many the loop will
-    take, where that is known: noise is then drawn for many of them at once, which is faster than a little
-    after each run of the network, when the caches are cold. Not thread-safe.
+    take, where that is known. Not thread-safe.
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], *, steps: int | None = None) -> None:
         self._seeds = [checked_seed(seed) for seed in seeds]
         self._shape = (len(seeds), *shape)
         self._elements = int(np.prod(shape))
-        self._steps = steps
-        blocks = -(-self._elements // 4)
-        self._padded = 4 * blocks
-        self._at_once = min(_MOST_AHEAD, max(1, _COUNTERS_AT_ONCE // blocks))
-        self._pieces = [
-            (start, min(_COUNTERS_AT_ONCE, blocks - start)) for start in range(0, blocks, _COUNTERS_AT_ONCE)
-        ]
-        self._generators = {count: _Generator(self._at_once, count) for _, count in self._pieces}  # at most two sizes
+        compiled = shipped.normals()
+        self._maker = _NumPy(self._elements, steps) if compiled is None else _Compiled(compiled, self._elements)
         self._drawn: dict[int, tuple[int, int, NDArray[np.float32]]] = {}  # stream -> first step, repeat, normals
         self._drawing: threading.Thread | None = None
 
     def draw_ahead(self, repeat: int) -> None:
-        """Begin to draw what the steps of this pass add to x, in a thread, while the network has its first turn."""
+        """Begin to draw what the steps of this pass add to x, in a thread, while the network has its first turn.
+
+        Where noise is compiled, there is nothing to gain by that, and nothing is done.
+        """
+        if not self._maker.worth_a_thread:
+            return
         self._settle()
 
         def draw() -> None:
@@ -140,25 +139,64 @@ class Noise:
 
     def _draw(self, step: int, repeat: int, stream: int, spare: NDArray[np.float32]) -> NDArray[np.float32]:
         """Normals of the steps from `step` on, (steps, images, elements rounded up to whole blocks)."""
-        size = (self._ahead(step), len(self._seeds), self._padded)
+        maker, blocks = self._maker, -(-self._elements // 4)
+        size = (maker.steps_from(step, len(self._seeds)), len(self._seeds), 4 * blocks)
         normals = spare if spare.shape == size else np.empty(size, np.float32)
-        for at in range(0, len(normals), self._at_once):
+        for at in range(0, len(normals), maker.at_once):
             for image, seed in enumerate(self._seeds):
+                part = normals[at : at + maker.at_once, image]
                 if (same := self._seeds.index(seed)) < image:  # one seed from several t0, or a batch filled up
-                    normals[at : at + self._at_once, image] = normals[at : at + self._at_once, same]
-                    continue
-                for start, count in self._pieces:
-                    part = normals[at : at + self._at_once, image, 4 * start : 4 * (start + count)]
-                    self._generators[count].fill(part, seed, (start, step + at, repeat, stream))
+                    part[...] = normals[at : at + maker.at_once, same]
+                else:
+                    maker.fill(part, seed, step + at, repeat, stream)
         return normals
 
-    def _ahead(self, step: int) -> int:
+
+class _Compiled:
+    """Makes the noise of one image by the library that the package ships: each step's when it is wanted."""
+
+    at_once = 1
+    worth_a_thread = False
+
+    def __init__(self, normals: shipped.Normals, elements: int) -> None:
+        self._normals, self._elements = normals, elements
+
+    def steps_from(self, step: int, images: int) -> int:
+        return 1
+
+    def fill(self, out: NDArray[np.float32], seed: int, step: int, repeat: int, stream: int) -> None:
+        self._normals(seed, step, repeat, stream, self._elements, out.ctypes.data)
+
+
+class _NumPy:
+    """Makes the noise of one image by NumPy, of many steps at once: that is faster than a little after each run of the
+    network, when the caches are cold.
+    """
+
+    worth_a_thread = True
+
+    def __init__(self, elements: int, steps: int | None) -> None:
+        self._steps = steps
+        blocks = -(-elements // 4)
+        self._padded = 4 * blocks
+        self.at_once = min(_MOST_AHEAD, max(1, _COUNTERS_AT_ONCE // blocks))  # steps of one call of `fill`
+        self._pieces = [
+            (start, min(_COUNTERS_AT_ONCE, blocks - start)) for start in range(0, blocks, _COUNTERS_AT_ONCE)
+        ]
+        self._generators = {count: _Generator(self.at_once, count) for _, count in self._pieces}  # at most two sizes
+
+    def steps_from(self, step: int, images: int) -> int:
         """How many steps to draw from `step` on. Step 0 alone does not say that more will be wanted."""
         if step == 0 or self._steps is None:
-            return self._at_once
-        room = _MOST_BYTES // (4 * self._padded * len(self._seeds))
+            return self.at_once
+        room = _MOST_BYTES // (4 * self._padded * images)
         wanted = min(self._steps - step + 1, _MOST_AHEAD, room)
-        return self._at_once * max(1, -(-wanted // self._at_once))
+        return self.at_once * max(1, -(-wanted // self.at_once))
+
+    def fill(self, out: NDArray[np.float32], seed: int, step: int, repeat: int, stream: int) -> None:
+        for start, count in self._pieces:
+            part = out[:, 4 * start : 4 * (start + count)]
+            self._generators[count].fill(part, seed, (start, step, repeat, stream))
 
 
 def philox4x32(counter: Sequence[int], key: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 import sdedit
+from sdedit.capi import shipped
 
 SHAPE = (3, 8, 12)  # channels, height, width: not square, so that swapped axes show
 SMALL_NOISE = {"kind": "ve", "sigma_min": 1e-4, "sigma_max": 1.0}  # at t0 0.01 the noise is below one grey level
@@ -94,6 +95,15 @@ def labelled(models: Path) -> Path:
 @pytest.fixture(scope="session")
 def editor(network: Path) -> sdedit.Editor:
     return sdedit.load(network, backend="ort-cpu", threads=1)
+
+
+@pytest.fixture(params=shipped.MAKERS)
+def each_noise_maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with the noise of the shipped library, where that loads, and with NumPy's."""
+    if request.param == shipped.COMPILED and shipped._load() is None:
+        pytest.skip("the shipped library is for Linux on x86-64")
+    monkeypatch.setenv(shipped.VARIABLE, request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

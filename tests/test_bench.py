@@ -20,7 +20,7 @@ from sdedit.cli.main import main
 FACTS = {
     "model": "closed-form", "backend": "ort-cpu", "precision": "fp32", "threads": 1, "provider": "CPU", "batch": 2,
     "steps": 4, "sampler": "em", "t0": 0.5, "spacing": "uniform", "eta": None, "repeats": 1, "gpu": None,
-    "versions": {"numpy": "2"},
+    "noise": "numpy", "versions": {"numpy": "2"},
     "model_sha256": "0" * 64,
 }  # fmt: skip
 
@@ -148,6 +148,7 @@ def test_rows_say_under_which_conditions(measured):
         assert found.cores >= found.threads >= 1
         assert found.date.endswith("+00:00")
         assert found.transfers == "none"
+        assert found.noise == sdedit.noise_maker()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="as Linux counts memory")

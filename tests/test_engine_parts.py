@@ -60,6 +60,7 @@ def test_a_session_that_copies_what_it_binds_sees_every_step(
     assert bool((second == 15).all()) is fresh
 
 
+@pytest.mark.usefixtures("each_noise_maker")
 @pytest.mark.parametrize("shape", [(3, 64, 64), (3, 160, 160), (3, 256, 256), (1, 1, 1), (3, 5, 7)])
 def test_noise_is_the_same_however_it_is_cut(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
     """Several steps at once for small frames, several pieces for large ones."""
@@ -70,6 +71,7 @@ def test_noise_is_the_same_however_it_is_cut(monkeypatch: pytest.MonkeyPatch, sh
         np.testing.assert_array_equal(cut(step, 1, 0), expected)
 
 
+@pytest.mark.usefixtures("each_noise_maker")
 @pytest.mark.parametrize("steps", [None, 1, 3, 50, 1000])
 def test_noise_may_be_asked_for_in_any_order(steps: int | None) -> None:
     source = sdedit.Noise([1], (3, 64, 64), steps=steps)
@@ -108,6 +110,7 @@ def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
     assert [type(value) for value in (out.options.t0, out.options.steps, out.options.seed)] == [float, int, int]
 
 
+@pytest.mark.usefixtures("each_noise_maker")
 @pytest.mark.parametrize("shape", [(3, 64, 64), (3, 5, 7)])
 def test_noise_that_was_drawn_ahead_is_the_same(shape: tuple[int, ...]) -> None:
     plain, ahead = (sdedit.Noise([3, 2**64 - 1], shape, steps=30) for _ in range(2))

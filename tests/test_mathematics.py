@@ -266,6 +266,7 @@ def test_philox_gives_the_known_answers(philox: Callable[..., Any], known: tuple
     assert philox(counter, key) == words
 
 
+@pytest.mark.usefixtures("each_noise_maker")
 @pytest.mark.parametrize(("use", "bits"), NORMALS.items(), ids=map(str, NORMALS))
 def test_normals_have_the_known_bits(use: tuple[int, int, int, int], bits: str) -> None:
     seed, *at = use
@@ -274,6 +275,7 @@ def test_normals_have_the_known_bits(use: tuple[int, int, int, int], bits: str) 
     assert tuple(drawn.view(np.uint32).ravel().tolist()) == hexadecimal(bits)
 
 
+@pytest.mark.usefixtures("each_noise_maker")
 def test_many_normals_have_the_known_digest() -> None:
     """12288 normals: a change of one rounding shows here, where a handful of them may not notice."""
     drawn = sdedit.Noise([2026], (3, 64, 64))(1, 0, 0)
@@ -281,6 +283,7 @@ def test_many_normals_have_the_known_digest() -> None:
     assert hashlib.sha256(drawn.astype("<f4").tobytes()).hexdigest() == digest
 
 
+@pytest.mark.usefixtures("each_noise_maker")
 @pytest.mark.parametrize(
     ("seed", "step", "repeat", "stream", "shape"),
     [
@@ -300,6 +303,7 @@ def test_normals_are_within_3_ulp_of_float64(
     assert np.max(np.abs(drawn - wanted) / ulp) <= 3
 
 
+@pytest.mark.usefixtures("each_noise_maker")
 def test_an_image_has_the_same_noise_alone_and_in_any_batch() -> None:
     seeds, shape = [5, 2**64 - 1, 0, 5], (3, 5, 7)
     together, alone = sdedit.Noise(seeds, shape), [sdedit.Noise([seed], shape) for seed in seeds]
@@ -309,6 +313,7 @@ def test_an_image_has_the_same_noise_alone_and_in_any_batch() -> None:
             assert image.tobytes() == single(*use).tobytes()
 
 
+@pytest.mark.usefixtures("each_noise_maker")
 def test_every_word_of_the_counter_and_the_key_changes_the_noise() -> None:
     uses = [(0, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 0, 0), (2**32, 0, 0, 0)]
     drawn = {sdedit.Noise([seed], (1, 3, 3))(*at).tobytes() for seed, *at in uses}

@@ -57,6 +57,7 @@ class Row:
     cpu: str = column(CONDITION)
     cores: int = column(CONDITION)
     gpu: str | None = column(CONDITION)
+    noise: str | None = column(CONDITION)  # what made it, as sdedit.noise_maker says; None: the GPU
     graph: str | None = column(CONDITION)  # on a GPU: a CUDA graph is launched for an "edit", for a "step", or "off"
     transfers: str = column(CONDITION)  # what of copies to and from the GPU is in the edit's times
     system: str = column(CONDITION)

@@ -44,11 +44,12 @@ def edit(editor: "Editor", case: Case, **changed: Any) -> "Timings":
 def examine(case: Case) -> dict[str, Any]:
     """What runs the case, for its row. One step is run: what is wrong shows, and what is built once is built."""
     from sdedit import record
+    from sdedit.capi.shipped import noise_maker
     from sdedit.options import make_options
 
     editor = open_case(case)
     options = make_options(case.edit_options()).resolved(editor.artifact.defaults)
-    edit(editor, case, steps=1)
+    tried = edit(editor, case, steps=1)
     backend = editor.backend
     return {
         "model": editor.artifact.name,
@@ -56,6 +57,7 @@ def examine(case: Case) -> dict[str, Any]:
         "backend": backend.name,
         **{name: getattr(options, name) for name in ("batch", "steps", "sampler", "t0", "spacing", "eta", "repeats")},
         "gpu": gpu_name(editor),
+        "noise": noise_maker() if tried.device_ms is None else None,
         "versions": record.versions(editor),
         "model_sha256": editor.artifact.sha256,
     }

@@ -9,6 +9,13 @@
 
 #include "../cuda/sdedit.cuh"
 
+// The vector units of x86-64: the best that the processor has is chosen when the library is loaded. Bits are the same.
+#if defined(SDEDIT_EACH_VECTOR_UNIT)
+#define EACH_VECTOR_UNIT __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define EACH_VECTOR_UNIT
+#endif
+
 namespace {
 
 constexpr uint32_t BLOCKS_AT_ONCE = 256;  // their noise stays in the innermost cache
@@ -55,13 +62,19 @@ int check(const sdedit_batch *batch) {
     return batch->mask && !batch->guide ? SDEDIT_BAD_ARGUMENT : SDEDIT_OK;
 }
 
+// Normals of whole blocks, from block `first` on.
+EACH_VECTOR_UNIT void draw_blocks(uint64_t seed, uint32_t first, uint32_t blocks, uint32_t step, uint32_t repeat,
+                                  sdedit::stream which, float *z) {
+    for (uint32_t block = 0; block < blocks; ++block) {
+        const sdedit::normals four = sdedit::draw(seed, first + block, step, repeat, which);
+        for (size_t k = 0; k < 4; ++k) z[4 * (size_t)block + k] = four.z[k];
+    }
+}
+
 // Normals of `count` elements from block `first` on; the buffer has room for whole blocks.
 void draw(const image_view &image, uint32_t first, uint32_t count, uint32_t step, uint32_t repeat,
           sdedit::stream which, float *z) {
-    for (uint32_t block = 0; 4 * block < count; ++block) {
-        const sdedit::normals four = sdedit::draw(image.seed, first + block, step, repeat, which);
-        for (uint32_t k = 0; k < 4; ++k) z[4 * block + k] = four.z[k];
-    }
+    draw_blocks(image.seed, first, (count + 3) / 4, step, repeat, which, z);
 }
 
 bool all_finite(const float *values, size_t count) {
@@ -102,10 +115,7 @@ void sdedit_normals(uint64_t seed, uint32_t step, uint32_t repeat, enum sdedit_s
                     float *out) {
     const sdedit::stream which = (sdedit::stream)stream;
     const uint32_t whole = elements / 4;
-    for (uint32_t block = 0; block < whole; ++block) {
-        const sdedit::normals four = sdedit::draw(seed, block, step, repeat, which);
-        for (size_t k = 0; k < 4; ++k) out[4 * (size_t)block + k] = four.z[k];
-    }
+    draw_blocks(seed, 0, whole, step, repeat, which, out);
     if (elements % 4 == 0) return;
     const sdedit::normals four = sdedit::draw(seed, whole, step, repeat, which);
     for (uint32_t k = 0; k < elements % 4; ++k) out[4 * (size_t)whole + k] = four.z[k];

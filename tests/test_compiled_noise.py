@@ -1,0 +1,208 @@
+"""The noise by the library that the package ships: NumPy's bits, by any thread, on every kind of processor."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sdedit
+from sdedit.capi import build, ship, shipped
+from sdedit.cli import doctor
+from sdedit.cli.main import main
+
+MANIFEST = json.loads((ship.FOLDER / ship.MANIFEST).read_text("utf-8"))
+SEEDS = (0, 7, 2**32, 2**64 - 1)
+USES = [(0, 0, 0), (1, 0, 1), (50, 2, 0), (2**32 - 1, 2**31, 1)]  # step, repeat, stream
+LEVELS = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}  # GCC's name -> the processor's
+CPUINFO = Path("/proc/cpuinfo")
+
+needs_library = pytest.mark.skipif(shipped._load() is None, reason="the shipped library is for Linux on x86-64")
+
+
+def drawn(monkeypatch, maker, shape, seeds=SEEDS, uses=USES, **options):
+    """The noise of all uses from one source, in this order."""
+    monkeypatch.setenv(shipped.VARIABLE, maker)
+    noise = sdedit.Noise(seeds, shape, **options)
+    return np.stack([noise(*use).copy() for use in uses])
+
+
+# --- the library -------------------------------------------------------------------------------------------------
+
+
+def test_it_was_made_from_these_sources():
+    assert MANIFEST["source_sha256"] == ship.source_sha256(), "python -m sdedit.capi.ship"
+    assert MANIFEST["library_sha256"] == hashlib.sha256(shipped.LIBRARY.read_bytes()).hexdigest()
+    assert MANIFEST["flags"] == list(ship.FLAGS)
+    assert "-ffp-contract=off" in MANIFEST["flags"]
+
+
+def test_it_is_small():
+    assert shipped.LIBRARY.stat().st_size < 100_000
+
+
+@needs_library
+def test_it_wants_no_other_library_and_no_symbol():
+    tool = shutil.which("readelf")
+    if tool is None:
+        pytest.skip("needs readelf")
+    told = subprocess.run(
+        [tool, "--wide", "--dynamic", "--dyn-syms", shipped.LIBRARY], check=True, capture_output=True, text=True
+    ).stdout
+    assert "sdedit_normals" in told
+    assert "NEEDED" not in told
+    undefined = [line for line in told.splitlines() if " UND " in line]
+    assert len(undefined) == 1  # the table's first row, which names nothing
+    assert undefined[0].split()[-1] == "UND"
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_source_gives_its_bits_for_every_kind_of_processor(level, tmp_path, monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    if LEVELS[level] not in CPUINFO.read_text().split():
+        pytest.skip(f"this processor is no {level}")
+    library = tmp_path / "libsdedit.so"
+    source = ship.FOLDER / build.SOURCE
+    subprocess.run(["g++", *build.FLAGS, f"-march={level}", "-o", library, source], check=True)
+    shape = (3, 101, 67)
+    ours = drawn(monkeypatch, "compiled", shape)
+    monkeypatch.setattr(shipped, "LIBRARY", library)
+    monkeypatch.setattr(shipped, "_load", shipped._load.__wrapped__)
+    assert np.array_equal(drawn(monkeypatch, "compiled", shape), ours)
+
+
+@needs_library
+def test_shipping_makes_a_library_that_loads_and_says_from_what(tmp_path, monkeypatch):
+    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True) if shutil.which("g++") else None
+    if version is None or int(version.stdout.partition(".")[0]) < 12:
+        pytest.skip("needs g++ 12")
+    manifest = ship.ship(tmp_path)
+    assert manifest == json.loads((tmp_path / ship.MANIFEST).read_text("utf-8"))
+    assert manifest["source_sha256"] == MANIFEST["source_sha256"]
+    monkeypatch.setattr(shipped, "LIBRARY", tmp_path / ship.LIBRARY)
+    monkeypatch.setattr(shipped, "_load", shipped._load.__wrapped__)
+    assert np.array_equal(*(drawn(monkeypatch, maker, (3, 5, 7)) for maker in ("compiled", "numpy")))
+
+
+# --- the bits ----------------------------------------------------------------------------------------------------
+
+
+@needs_library
+def test_four_million_normals_are_numpys(monkeypatch):
+    ours, numpys = (
+        drawn(monkeypatch, maker, (4, 1024, 1024), seeds=[11], uses=[(3, 1, 0)]) for maker in shipped.MAKERS
+    )
+    assert ours.size == 2**22
+    assert np.array_equal(ours.view(np.int32), numpys.view(np.int32))
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 3), (3, 5, 7), (1, 3, 3), (3, 64, 64), (1, 257, 193)])
+def test_every_seed_step_repeat_and_stream_is_numpys(monkeypatch, shape):
+    ours, numpys = (drawn(monkeypatch, maker, shape) for maker in shipped.MAKERS)
+    assert np.array_equal(ours.view(np.int32), numpys.view(np.int32))
+    assert len({one.tobytes() for one in ours.reshape(-1, *shape)}) == len(SEEDS) * len(USES) or shape == (1, 1, 1)
+
+
+@needs_library
+def test_steps_in_any_order_and_equal_seeds_are_numpys(monkeypatch):
+    uses = [(step, repeat, stream) for repeat in (0, 1) for step in (0, 1, 2, 30, 3) for stream in (0, 1)]
+    options = {"seeds": [5, 9, 5, 5], "uses": uses, "steps": 30}
+    ours, numpys = (drawn(monkeypatch, maker, (3, 8, 12), **options) for maker in shipped.MAKERS)
+    assert np.array_equal(ours.view(np.int32), numpys.view(np.int32))
+
+
+@needs_library
+def test_it_writes_what_it_is_asked_for_and_no_more():
+    out = np.full(16, 99, np.float32)
+    shipped.normals()(7, 1, 0, 0, 5, out.ctypes.data)
+    assert (out[5:] == 99).all()
+    assert not (out[:5] == 99).any()
+
+
+@needs_library
+def test_threads_do_not_disturb_each_other(monkeypatch):
+    shape, seeds = (3, 64, 64), range(32)
+    wanted = [sdedit.Noise([seed], shape)(1, 0, 0).copy() for seed in seeds]
+    monkeypatch.setenv(shipped.VARIABLE, "compiled")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda seed: sdedit.Noise([seed], shape)(1, 0, 0), seeds))
+    assert all(np.array_equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("sampler", sdedit.SAMPLERS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_edit_s_bytes_do_not_depend_on_who_makes_the_noise(sampler, masked, editor, picture, monkeypatch):
+    options = {"sampler": sampler, "steps": 5, "repeats": 2, "samples": 3, "batch": 2}
+    guide, mask = picture(12, 8), np.full((8, 12), 200, np.uint8) if masked else None
+    results = []
+    for maker in shipped.MAKERS:
+        monkeypatch.setenv(shipped.VARIABLE, maker)
+        results.append(editor.edit(guide, mask=mask, **options).x)
+    assert np.array_equal(*results)
+
+
+# --- who makes it ------------------------------------------------------------------------------------------------
+
+
+@needs_library
+def test_the_library_makes_it_where_it_loads_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv(shipped.VARIABLE, raising=False)
+    assert sdedit.noise_maker() == "compiled"
+    monkeypatch.setenv(shipped.VARIABLE, "numpy")
+    assert sdedit.noise_maker() == "numpy"
+
+
+@pytest.mark.parametrize("library", ["absent", "for another system"])
+def test_where_it_does_not_load_numpy_makes_it(library, tmp_path, monkeypatch, editor, picture):
+    wanted = editor.edit(picture(12, 8), steps=3).x
+    other = tmp_path / "libsdedit.so"
+    if library != "absent":
+        other.write_bytes(b"\xcf\xfa\xed\xfe" + bytes(4096))  # as macOS has them
+    monkeypatch.setattr(shipped, "LIBRARY", other)
+    monkeypatch.setattr(shipped, "_load", shipped._load.__wrapped__)
+    monkeypatch.delenv(shipped.VARIABLE, raising=False)
+    assert sdedit.noise_maker() == "numpy"
+    assert np.array_equal(editor.edit(picture(12, 8), steps=3).x, wanted)
+    monkeypatch.setenv(shipped.VARIABLE, "compiled")
+    with pytest.raises(sdedit.BackendUnavailable, match=r"libsdedit\.so does not load here") as raised:
+        sdedit.Noise([0], (1, 2, 2))
+    assert "for NumPy" in raised.value.hint
+
+
+def test_the_variable_has_two_values(monkeypatch, capsys):
+    monkeypatch.setenv(shipped.VARIABLE, "Numpy")
+    with pytest.raises(sdedit.OptionError, match="SDEDIT_NOISE is 'Numpy'") as raised:
+        sdedit.Noise([0], (1, 2, 2))
+    assert raised.value.hint == "set it to compiled or numpy, or not at all"
+
+
+def test_doctor_says_who_makes_it(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "try_backend", lambda name: {"name": name, "works": True})
+    monkeypatch.setenv(shipped.VARIABLE, "numpy")
+    assert main(["doctor"]) == 0
+    assert "\nnoise\n  numpy\n" in capsys.readouterr().out
+    monkeypatch.setenv(shipped.VARIABLE, "fast")
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["noise"].startswith("SDEDIT_NOISE is 'fast'; fix: ")
+
+
+def test_edit_says_who_made_it(network, write_png, picture, tmp_path, monkeypatch, capsys):
+    guide = write_png("guide.png", picture(12, 8))
+    monkeypatch.setenv(shipped.VARIABLE, "numpy")
+    words = ["edit", guide, "-o", tmp_path / "out.png", "-m", network, "--backend", "ort-cpu", "--steps", 2, "--json"]
+    assert main(list(map(str, words))) == 0
+    assert json.loads(capsys.readouterr().out)["noise"] == "numpy"
+
+
+def test_importing_the_engine_loads_no_library():
+    code = "import sys, sdedit; sdedit.Noise; import sdedit.capi.shipped as s; print(s._load.cache_info().currsize)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "0\n"
