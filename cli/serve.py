@@ -98,7 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
             if sys.stdout is not None:  # closed by the caller
                 sys.stdout.flush()
 
-        server.run(Service(editor, batch, limits), model, listening, on_ready)
+        with editor:  # closed once the last edit is done
+            server.run(Service(editor, batch, limits), model, listening, on_ready)
     return OK
 
 

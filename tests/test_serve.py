@@ -721,6 +721,22 @@ def test_a_failed_warm_up_is_the_commands_error(gated, monkeypatch):
             asyncio.run(made.serve())
 
 
+def test_the_warm_up_is_the_editor_s_own_and_one_edit(gated, monkeypatch):
+    warmed = []
+    monkeypatch.setattr(gated, "warmup", lambda **options: warmed.append((options["batch"], options["steps"])))
+    with serving(gated, batch=3):
+        assert warmed == [(3, 2)]
+
+
+def test_the_command_closes_its_editor(network, tmp_path, monkeypatch):
+    services = []
+    monkeypatch.setattr(server, "run", lambda service, *_: services.append(service))
+    words = ["serve", "--socket", tmp_path / "s", "-m", network, "--backend", "ort-cpu", "--threads", "1"]
+    assert main([str(word) for word in words]) == 0
+    with pytest.raises(sdedit.ClosedError):
+        services[0].editor.warmup()
+
+
 def test_retry_after_is_whole_seconds():
     for given, said in ((0.0, "1"), (0.2, "1"), (12.1, "13")):
         assert Refusal(503, "full", hint="later", retry_s=given).headers == {"Retry-After": said}

@@ -147,14 +147,15 @@ class Batcher:
             self._edit(group)
 
     def _warm_up(self) -> None:
-        """Two edits: the first finds memory and kernels, the second is timed."""
-        conditions = dict.fromkeys(self._editor.artifact.extra_inputs, 0.0)
+        """The editor's own, and then an edit that is timed."""
+        artifact = self._editor.artifact
+        conditions = dict.fromkeys(artifact.extra_inputs, 0.0)
         options = EditOptions(steps=WARM_UP_STEPS, batch=self._batch, conditions=conditions)
-        options = options.resolved(self._editor.artifact.defaults)
-        width, height = self._editor.artifact.frame(None)
+        self._editor.warmup(**vars(options))
+        options = options.resolved(artifact.defaults)
+        width, height = artifact.frame(None)
         grey = np.full((height, width, 3), 128, np.uint8)
-        for _ in range(2):
-            self._timed([Waiting(self._editor.prepare(grey, options), options)])
+        self._timed([Waiting(self._editor.prepare(grey, options), options)])
 
     def _next(self) -> list[Waiting]:
         """The requests of the next batch, once there are any; none when there will be no more."""
