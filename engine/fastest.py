@@ -25,7 +25,7 @@ import numpy as np
 import sdedit
 from sdedit import cpu, verify
 from sdedit.artifact import Artifact
-from sdedit.backends import AUTO_ORDER, BACKENDS, CPU, Backend, open_backend, precisions, probe
+from sdedit.backends import AUTO_ORDER, BACKENDS, CPU, Backend, open_backend, precisions, probe, require_known
 from sdedit.backends.ort import usable_cores
 from sdedit.cache_folder import cache_folder
 from sdedit.companions import companions
@@ -80,6 +80,8 @@ def open_fastest(
         log.info("fast: first use of %s on this machine, so what can run it is timed and verified", artifact.name)
         trials = _try_all(models, backend, precision, threads)
         if not trials:
+            if precision is not None:
+                require_known(precision)
             raise BackendUnavailable(
                 f"nothing here runs {artifact.name} in {precision}",
                 hint=f"lay an export with --precision {precision} beside it, or leave --precision out",

@@ -93,6 +93,7 @@ def test_a_guide_that_is_none_is_told_the_same_way_with_a_budget(refused: Refuse
 
 def test_fast_says_that_there_is_no_export_of_the_precision(refused: Refused) -> None:
     refused(f"{EDIT} --fast --precision int8", 1, "nothing here runs closed-form in int8")
+    refused(f"{EDIT} --fast --precision double", 2, "unknown precision 'double'")
 
 
 def test_a_region_that_a_model_cannot_have_is_told(run: Run) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from closed_form import SDES, gaussian, identity
 
-from sdedit import verify
+from sdedit import backends, verify
 from sdedit.cli.main import main
 from sdedit.sde import from_metadata
 
@@ -156,3 +156,7 @@ def test_the_candidate_is_asked_for_batches_of_one_and_three():
 
     verify.compare(lambda batch: denoiser, bind, SDE, GUIDES, tolerance=1e-5)
     assert set(asked) == {1, 3}
+
+
+def test_every_precision_that_can_be_asked_for_has_a_tolerance():
+    assert tuple(verify.TOLERANCES) == backends.PRECISIONS

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ORT = ("ort-cpu", "ort-cuda", "ort-tensorrt")
 TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the library's module
 BACKENDS = (*ORT, "openvino", *TENSORRT)
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 USUAL_BATCH = 8  # within two percent of the fastest for small networks, and no burden for large ones
 CPU = ("ort-cpu", "openvino")
 GPU = ("tensorrt", "tensorrt-rtx", "ort-cuda")  # of those, best first
@@ -66,8 +67,8 @@ def open_backend(
 ) -> Backend:
     """Open a model on the backend called `name`, or the best that works for "auto".
 
-    precision: what it executes in; None is the model's own. Raises BackendUnavailable, OptionError for a name it does
-    not know; never falls back from a backend that was named.
+    precision: what it executes in; None is the model's own. Raises BackendUnavailable, OptionError for a name or a
+    precision it does not know; never falls back from a backend that was named.
     """
     if provider_options and name not in ORT:
         raise OptionError(
@@ -119,6 +120,7 @@ def _open(
 ) -> Backend:
     probe(name)
     if precision is not None and precision not in (can := precisions(name, model)):
+        require_known(precision)
         own = model if isinstance(model, Artifact) else model.artifact
         raise BackendUnavailable(
             f"precision {precision} was asked for; {own.name} is {own.precision}, and {name} runs it in "
@@ -147,6 +149,12 @@ def _open(
     from sdedit.backends.ort_gpu import OrtGpuBackend
 
     return OrtGpuBackend(model, name, provider_options)
+
+
+def require_known(precision: str) -> None:
+    """Raise OptionError for a precision that no backend has."""
+    if precision not in PRECISIONS:
+        raise OptionError(f"unknown precision {precision!r}", hint=f"choose one of {', '.join(PRECISIONS)}")
 
 
 def probe(name: str) -> None:
