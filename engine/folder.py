@@ -58,7 +58,8 @@ def edit_folder(
         ThreadPoolExecutor(workers) as pool,
         ThreadPoolExecutor(1) as clerk,
     ):
-        rest = ledger.resume(files, pool, ahead, force=force)
+        rest = ledger.left(files, pool, ahead, force=force)
+        ledger.begin()
         edits = FileEdits(editor, chosen, place, ledger.same)
         run_files(rest, chosen.batch, ahead, edits, run_batch, ledger, pool, clerk)
     return ledger.result()

@@ -61,13 +61,12 @@ class Ledger:
         }
         self._began, self._options = time.perf_counter(), options
         self._place, self._on_file = place, on_file
+        self._finished: list[manifest.Entry] = []  # by earlier runs
         self._failed: dict[str, SdeditError] = {}
         self._kept = self._done = self._total = 0
 
-    def resume(
-        self, files: Sequence[GuideFile], pool: ThreadPoolExecutor, ahead: int, *, force: bool
-    ) -> list[GuideFile]:
-        """The files that are left to do; the manifest then lists exactly the others. Raises OutputError."""
+    def left(self, files: Sequence[GuideFile], pool: ThreadPoolExecutor, ahead: int, *, force: bool) -> list[GuideFile]:
+        """The files that are left to do, before `begin`. Raises OutputError."""
         entries = None if force else self._place.entries()
         done = {path: entry for path, entry in (entries or {}).items() if entry["status"] == manifest.DONE}
         for entry in done.values():
@@ -80,11 +79,15 @@ class Ledger:
             known = done.pop(file.path, None) is not None
             if not (force or known) and (taken := self._place.taken(file, begun=entries is not None)):
                 raise OutputError(f"{taken}: exists already", hint="choose another folder, or --force")
-        self._place.replace(done.values())
+        self._finished = list(done.values())
         self._total, self._kept = len(files), len(files) - len(rest)
         self._done = self._kept
-        self._tell(None, None)
         return rest
+
+    def begin(self) -> None:
+        """Write the manifest, of exactly the files that are not left to do. Raises OutputError."""
+        self._place.replace(self._finished)
+        self._tell(None, None)
 
     def note(self, entries: Sequence[manifest.Entry]) -> None:
         """Write what was done to the disk. From any one thread at a time. Raises OutputError."""

@@ -51,6 +51,11 @@ class Order:
     options: EditOptions
     same: manifest.Entry
 
+    @property
+    def needs(self) -> tuple[str, int]:
+        """What of a cluster a worker takes, in Ray's word, and how many."""
+        return ("GPU", 1) if self.backend in ON_A_GPU else ("CPU", self.threads)
+
 
 def edit_folder_on_ray(
     model: str | Path | None,
@@ -98,14 +103,18 @@ def edit_folder_on_ray(
     files = guide_files(place.guides, place.pictures(), chosen.seed)
     with place.claimed():
         with ThreadPoolExecutor(min(usable_cores(), 4)) as pool:
-            rest = ledger.resume(files, pool, 64, force=force)
-        if rest:
+            rest = ledger.left(files, pool, 64, force=force)
+        if not rest:
+            ledger.begin()
+        else:
             order = Order(
                 opened.path.absolute(), artifact.sha256, backend, precision, threads, dict(provider_options or {}),
                 place, chosen, ledger.same,
             )  # fmt: skip
             with _cluster(address) as ray:
-                for entries in _entries(ray, [file.path for file in rest], order, workers):
+                fit = _fit(ray, order)
+                ledger.begin()  # nothing is written where no cluster has room
+                for entries in _entries(ray, [file.path for file in rest], order, min(fit, workers or fit)):
                     ledger.note(entries)
                     for entry in entries:
                         failed = entry["status"] == manifest.FAILED
@@ -164,17 +173,22 @@ def _connect(ray: Any, address: str) -> None:
         os.close(nowhere)
 
 
-def _entries(ray: Any, paths: Sequence[str], order: Order, workers: int | None) -> Iterator[list[manifest.Entry]]:
-    """The manifest's entries for these files, as chunks of them are done."""
+def _fit(ray: Any, order: Order) -> int:
+    """How many workers the cluster has room for. Raises BackendUnavailable for none."""
     there = ray.cluster_resources()
-    resource = "GPU" if order.backend in ON_A_GPU else "CPU"
-    each = 1 if resource == "GPU" else order.threads
+    resource, each = order.needs
     fit = int(there.get(resource, 0)) // each
     if fit < 1:
         raise BackendUnavailable(
             f"a worker on {order.backend} wants {each} {resource}; the cluster has {there.get(resource, 0):g}",
             hint="another --backend, fewer --threads, or a larger cluster",
         )
+    return fit
+
+
+def _entries(ray: Any, paths: Sequence[str], order: Order, workers: int) -> Iterator[list[manifest.Entry]]:
+    """The manifest's entries for these files, as chunks of them are done."""
+    resource, each = order.needs
     size = BATCHES_A_CHUNK * order.options.batch
     chunks = -(-len(paths) // size)
     rows = [{"path": path.encode("utf-8", "surrogateescape").hex()} for path in paths]
@@ -184,8 +198,8 @@ def _entries(ray: Any, paths: Sequence[str], order: Order, workers: int | None) 
         Worker,
         fn_constructor_args=(order,),
         batch_size=None,  # a block, which is a chunk
-        compute=ray.data.ActorPoolStrategy(size=min(fit, workers or fit, chunks)),
-        **({"num_gpus": 1} if resource == "GPU" else {"num_cpus": each}),
+        compute=ray.data.ActorPoolStrategy(size=min(workers, chunks)),
+        **{f"num_{resource.lower()}s": each},
     )
     try:
         for done in work.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):

@@ -205,6 +205,7 @@ def test_more_than_the_cluster_has_is_refused(cluster, guides, tmp_path, network
     out.mkdir()
     assert on_ray(guides, out, network, "--threads", 3) == 1
     assert capsys.readouterr().err.startswith("error: a worker on ort-cpu wants 3 CPU; the cluster has 2\nhint: ")
+    assert list(out.iterdir()) == []
 
 
 def test_a_cluster_that_is_not_there_is_said_at_once(monkeypatch):
@@ -214,6 +215,17 @@ def test_a_cluster_that_is_not_there_is_said_at_once(monkeypatch):
     with pytest.raises(sdedit.BackendUnavailable, match="Connection refused") as raised:
         ray_folder._cluster("127.0.0.1:1").__enter__()
     assert "--ray local" in raised.value.hint
+
+
+def test_a_job_that_finds_no_cluster_leaves_nothing(monkeypatch, guides, tmp_path, network, capsys):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert main([str(word) for word in command(guides, out, network, "--ray", "127.0.0.1:1")]) == 1
+    assert capsys.readouterr().err.startswith("error: Ray at 127.0.0.1:1: Connection refused\nhint: ")
+    assert list(out.iterdir()) == []
 
 
 def test_file_urls_are_paths(cluster, guides, local, tmp_path, network):
