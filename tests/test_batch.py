@@ -228,35 +228,44 @@ def test_a_job_that_is_done_does_nothing(batch, guides, out, capsys):
 
 
 @pytest.mark.parametrize(("kills", "images"), [(4, 120), pytest.param(20, 800, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_finishes_the_rest_and_nothing_twice(
-    kills, images, batch, tmp_path, picture, network, capsys
-):
+def test_killed_at_any_moment_it_finishes_the_rest_and_nothing_twice(kills, images, batch, tmp_path, picture, network):
     guides = fill(tmp_path / "many", picture, [f"{n % 5}/{n:03d}.png" for n in range(images)])
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
     flags = ("--steps", 60)
-    assert batch(guides, tmp_path / "whole", *flags) == 0
-    whole = written(tmp_path / "whole")
-    killed = tmp_path / "killed"
-    words = [sys.executable, "-m", "sdedit.cli.main", *command(guides, killed, network, *flags)]
-    moments, cut = random.Random(6), 0
-    for _ in range(kills):
-        had = len(list(killed.rglob("*.png")))
-        with open(os.devnull, "w") as nowhere, subprocess.Popen(words, stdout=nowhere, stderr=nowhere) as running:
+    uninterrupted, folders = tmp_path / "whole", [tmp_path / "killed-0"]
+    for folder in (uninterrupted, *folders):
+        folder.mkdir()
+    assert batch(guides, uninterrupted, *flags) == 0
+    whole, lines = written(uninterrupted), sorted(entry["path"] for entry in noted(uninterrupted))
+
+    def pictures():
+        return sum(1 for _ in folders[-1].glob("[0-9]/*.png"))
+
+    moments = random.Random(6)
+    struck = runs = 0
+    while struck < kills:  # runs that were killed with pictures left to do
+        runs += 1
+        assert runs < 10 * kills, "a run is done here before it can be killed: give it more pictures"
+        had, words = pictures(), command(guides, folders[-1], network, *flags)
+        with open(os.devnull, "w") as nowhere, subprocess.Popen(
+            [sys.executable, "-m", "sdedit.cli.main", *words], stdout=nowhere, stderr=nowhere
+        ) as running:  # fmt: skip
             deadline = time.monotonic() + 20
-            while len(list(killed.rglob("*.png"))) <= had and running.poll() is None and time.monotonic() < deadline:
+            while pictures() <= had and running.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.002)
             time.sleep(moments.uniform(0, 0.1))
-            cut += running.poll() is None
+            ran = running.poll() is None
             running.kill()
-    assert cut >= kills // 2  # on a fast machine a run may end before it is killed
-    capsys.readouterr()
-    assert batch(guides, killed, *flags) == 0
-    assert written(killed) == whole
-    assert sorted(entry["path"] for entry in noted(killed)) == sorted(
-        entry["path"] for entry in noted(tmp_path / "whole")
-    )
-    assert {entry["status"] for entry in noted(killed)} == {"done"}
+        if pictures() < images:
+            assert ran, f"the run failed with {running.returncode}"
+            struck += 1
+        else:  # it was too fast: once more from the start
+            folders.append(tmp_path / f"killed-{runs}")
+            folders[-1].mkdir()
+    for folder in folders:
+        assert batch(guides, folder, *flags) == 0
+        assert written(folder) == whole
+        assert sorted(entry["path"] for entry in noted(folder)) == lines
+        assert {entry["status"] for entry in noted(folder)} == {"done"}
 
 
 def test_a_torn_last_line_is_ignored_and_repaired(batch, guides, out):
