@@ -47,7 +47,8 @@ def other_size(path: Path, found: Size, wanted: Size) -> ImageError:
     """The error for a picture that cannot be compared."""
     return ImageError(
         f"{path}: is {found[0]}x{found[1]}, others are {wanted[0]}x{wanted[1]}",
-        hint="all pictures that are compared have one size: scale them first",
+        hint=f"all guides have one size, and all pictures that are compared with them: scale them first, "
+        f"to {wanted[0]}x{wanted[1]} say",
     )
 
 

@@ -249,6 +249,7 @@ def test_folders_that_cannot_be_compared(folders, features, fill, pixels, tmp_pa
     for arguments, code, message in refused:
         found = fails(capsys, *arguments)
         assert (code, message in found[1]) == (found[0], True), found
+        assert "others are" not in message or "scale them first, to 12x8 say" in found[1]
 
 
 def test_two_pictures_of_one_name_are_refused(folders, capsys, pixels):
