@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from sdedit.capi.steps import compiled_steps
 from sdedit.image import Box, Pixels
 from sdedit.loop import Array, Denoiser, OnStep, Step, blend, denoise, perturb
 from sdedit.noise import Noise
@@ -66,7 +67,10 @@ Lease = AbstractContextManager[Executor]  # an executor for the length of one ed
 
 
 class HostExecutor:
-    """The loop in NumPy, around a denoiser. draws_ahead: noise in a thread beside the network's first evaluation."""
+    """The loop around a denoiser, its steps compiled where the shipped library loads, else in NumPy.
+
+    draws_ahead: NumPy's noise in a thread beside the network's first evaluation.
+    """
 
     device_ms: float | None = None
 
@@ -84,7 +88,10 @@ class HostExecutor:
             x = perturb(start, table, noise, repeat=repeat)
             if self._draws_ahead and table.column("c").any():
                 noise.draw_ahead(repeat)
-            edited = denoise(self._evaluate, x, table, noise, repeat=repeat, guide=inside, mask=mask, on_step=on_step)
+            edited = denoise(
+                self._evaluate, x, table, noise, repeat=repeat, guide=inside, mask=mask, on_step=on_step,
+                advance=None if batch.windows else compiled_steps(x, table, batch.seeds, repeat, inside, mask),
+            )  # fmt: skip
             start = blend(guide, edited, mask)
         return edited, None
 

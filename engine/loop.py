@@ -42,6 +42,14 @@ class Step:
 OnStep = Callable[[Step], bool | None]
 
 
+class Advance(Protocol):
+    """Makes the steps of one pass, once the network has answered."""
+
+    def __call__(self, number: int, denoised: Array) -> bool:
+        """Take x to the level below, in place. False, with x as it was, where D of step `number` has NaN or Inf."""
+        ...
+
+
 def perturb(guide: Array, table: StepTable, noise: NoiseSource, *, repeat: int = 0) -> Array:
     """x(t0) = guide + σ(t0) z. guide (B, C, H, W) in [-1, 1] -> a new array of its shape and precision."""
     sigma = _per_image(table.column("sigma")[..., 0], guide)
@@ -59,36 +67,54 @@ def denoise(
     guide: Array | None = None,
     mask: Array | None = None,
     on_step: OnStep | None = None,
+    advance: Advance | None = None,
 ) -> Array:
     """Algorithm 1: from x at level σ(t0) to the clean image, in the precision of x. Works in place on x.
 
-    x, guide: (B, C, H, W). mask: broadcasts to it, in [0, 1], 1 = repaint; needs the guide.
+    x, guide: (B, C, H, W). mask: broadcasts to it, in [0, 1], 1 = repaint; needs the guide. advance: makes the steps
+    of this pass over x, with this noise and mask, in NumPy's stead.
     Returns x, which holds the last D. Raises NetworkError (NaN, Inf or a wrong shape, with the step), Cancelled,
     and OptionError where table, guide and mask do not belong together.
     """
     if (mask is None) != (guide is None):
         raise OptionError("mask and guide go together in denoise()", hint="pass both or neither")
-    number_type = x.dtype.type
-    coefficients = [_columns(table, n, x) for n in range(table.steps)]
+    if advance is None:
+        advance = _numpy_steps(x, table, noise, repeat, guide, mask)
     levels = np.empty((table.steps, len(x)), x.dtype)
     levels[...] = table.column("sigma").T.reshape(table.steps, -1)
-    work, previous = np.empty_like(x), np.empty_like(x)
-    noisy, corrected = (np.count_nonzero(np.atleast_2d(table.column(name)), axis=0) for name in ("c", "d"))
-    two_step = bool(corrected.any())
-    if mask is not None and guide is not None:
-        mask = np.asarray(mask, number_type)
-        kept = (1 - mask) * guide
-        mask_noise = np.sqrt(1 - mask**2)
-
-    for number, (a, b, c, d, sigma_next) in enumerate(coefficients, start=1):
-        denoised = denoiser(x, levels[number - 1])
+    for number, sigma in enumerate(levels, start=1):
+        denoised = denoiser(x, sigma)
         if denoised.shape != x.shape:
             raise NetworkError(
                 f"the network returned shape {denoised.shape}; wanted {x.shape}", hint="check the model's output"
             )
-        if not np.isfinite(denoised.sum()) and not np.isfinite(denoised).all():
+        if not advance(number, denoised):
             bad = int(np.count_nonzero(~np.isfinite(denoised)))
             raise not_finite(f"{bad} NaN or Inf values", number, table, repeat)
+        if on_step is not None:
+            level = table.column("sigma")[..., number - 1]
+            if on_step(Step(number, table.steps, repeat, level, partial(np.asarray, denoised))) is False:
+                raise Cancelled(f"cancelled at step {number} of {table.steps}", hint="on_step returned False")
+    return x
+
+
+def _numpy_steps(
+    x: Array, table: StepTable, noise: NoiseSource, repeat: int, guide: Array | None, mask: Array | None
+) -> Advance:
+    """x' = a x + b D + d (D - D_previous) + c z, and what a mask keeps is put at the level just reached."""
+    coefficients = [_columns(table, n, x) for n in range(table.steps)]
+    work, previous = np.empty_like(x), np.empty_like(x)
+    noisy, corrected = (np.count_nonzero(np.atleast_2d(table.column(name)), axis=0) for name in ("c", "d"))
+    two_step = bool(corrected.any())
+    if mask is not None and guide is not None:
+        mask = np.asarray(mask, x.dtype)
+        kept = (1 - mask) * guide
+        mask_noise = np.sqrt(1 - mask**2)
+
+    def advance(number: int, denoised: Array) -> bool:
+        if not np.isfinite(denoised.sum()) and not np.isfinite(denoised).all():
+            return False
+        a, b, c, d, sigma_next = coefficients[number - 1]
         np.multiply(denoised, b, out=work)
         if two_step:
             if corrected[number - 1]:
@@ -107,11 +133,9 @@ def denoise(
             np.multiply(noise(number, repeat, STREAM_MASK), mask_noise, out=work)
             np.multiply(work, sigma_next, out=work)
             np.add(x, work, out=x)
-        if on_step is not None:
-            sigma = table.column("sigma")[..., number - 1]
-            if on_step(Step(number, table.steps, repeat, sigma, partial(np.asarray, denoised))) is False:
-                raise Cancelled(f"cancelled at step {number} of {table.steps}", hint="on_step returned False")
-    return x
+        return True
+
+    return advance
 
 
 def blend(guide: Array, edited: Array, mask: Array | None) -> Array:

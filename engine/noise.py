@@ -32,6 +32,7 @@ L0 … L7, S0 … S2, C2 … C4, LN2 and TURN are the constants below; the code 
 which scales every step exactly. Normals are within 3 ulp of the exact ones.
 """
 
+import ctypes
 import hashlib
 import threading
 from collections.abc import Sequence
@@ -103,8 +104,8 @@ class Noise:
         self._seeds = [checked_seed(seed) for seed in seeds]
         self._shape = (len(seeds), *shape)
         self._elements = int(np.prod(shape))
-        compiled = shipped.normals()
-        self._maker = _NumPy(self._elements, steps) if compiled is None else _Compiled(compiled, self._elements)
+        library = shipped.library()
+        self._maker = _NumPy(self._elements, steps) if library is None else _Compiled(library, self._elements)
         self._drawn: dict[int, tuple[int, int, NDArray[np.float32]]] = {}  # stream -> first step, repeat, normals
         self._drawing: threading.Thread | None = None
 
@@ -158,8 +159,8 @@ class _Compiled:
     at_once = 1
     worth_a_thread = False
 
-    def __init__(self, normals: shipped.Normals, elements: int) -> None:
-        self._normals, self._elements = normals, elements
+    def __init__(self, library: ctypes.CDLL, elements: int) -> None:
+        self._normals, self._elements = library.sdedit_normals, elements
 
     def steps_from(self, step: int, images: int) -> int:
         return 1

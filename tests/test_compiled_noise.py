@@ -13,8 +13,10 @@ import pytest
 
 import sdedit
 from sdedit.capi import build, ship, shipped
+from sdedit.capi.steps import compiled_steps
 from sdedit.cli import doctor
 from sdedit.cli.main import main
+from sdedit.schedule import StepTable
 
 MANIFEST = json.loads((ship.FOLDER / ship.MANIFEST).read_text("utf-8"))
 SEEDS = (0, 7, 2**32, 2**64 - 1)
@@ -122,7 +124,7 @@ def test_steps_in_any_order_and_equal_seeds_are_numpys(monkeypatch):
 @needs_library
 def test_it_writes_what_it_is_asked_for_and_no_more():
     out = np.full(16, 99, np.float32)
-    shipped.normals()(7, 1, 0, 0, 5, out.ctypes.data)
+    shipped.library().sdedit_normals(7, 1, 0, 0, 5, out.ctypes.data)
     assert (out[5:] == 99).all()
     assert not (out[:5] == 99).any()
 
@@ -148,6 +150,67 @@ def test_an_edit_s_bytes_do_not_depend_on_who_makes_the_noise(sampler, masked, e
         monkeypatch.setenv(shipped.VARIABLE, maker)
         results.append(editor.edit(guide, mask=mask, **options).x)
     assert np.array_equal(*results)
+
+
+# --- the steps ---------------------------------------------------------------------------------------------------
+
+
+def edited(maker, monkeypatch, table, masked, *, network=lambda x, sigma: np.tanh(x), repeat=1, dtype=np.float32):
+    """A pass over two frames that are longer than the pieces the library works in, and no multiple of them."""
+    monkeypatch.setenv(shipped.VARIABLE, maker)
+    rng = np.random.default_rng(4)
+    guide = rng.uniform(-1, 1, (2, 3, 37, 53)).astype(dtype)
+    mask = rng.uniform(0, 1, (2, 1, 37, 53)).round(1).astype(dtype) if masked else None
+    inside, seeds = (guide if masked else None), [3, 2**64 - 1]
+    noise = sdedit.Noise(seeds, guide.shape[1:])
+    x = sdedit.perturb(guide, table, noise, repeat=repeat)
+    advance = compiled_steps(x, table, seeds, repeat, inside, mask)
+    assert (advance is None) == (maker == "numpy" or dtype != np.float32)
+    return sdedit.denoise(network, x, table, noise, repeat=repeat, guide=inside, mask=mask, advance=advance)
+
+
+@needs_library
+@pytest.mark.parametrize("sampler", sdedit.SAMPLERS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_steps_are_numpys(sampler, masked, monkeypatch):
+    tables = [sdedit.plan(sdedit.VP(0.1, 20), t0=t0, steps=6, sampler=sampler) for t0 in (0.4, 0.7)]
+    for table in (tables[0], StepTable.stack(tables)):
+        ours, numpys = (edited(maker, monkeypatch, table, masked) for maker in shipped.MAKERS)
+        assert np.isfinite(ours).all()
+        assert np.array_equal(ours.view(np.int32), numpys.view(np.int32))
+
+
+@needs_library
+def test_a_network_s_answer_may_lie_anywhere(monkeypatch):
+    """In a new array every time, and not in C order."""
+    table = sdedit.plan(sdedit.VP(0.1, 20), t0=0.5, steps=4)
+    answers = [lambda x, sigma: np.tanh(x), lambda x, sigma: np.asfortranarray(np.tanh(x))]
+    plain, odd = (edited("compiled", monkeypatch, table, False, network=network) for network in answers)
+    assert np.array_equal(plain, odd)
+
+
+@needs_library
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_told_alike(bad, monkeypatch):
+    def network(x, sigma):
+        denoised = np.tanh(x)
+        denoised[1, 2, 36, 50:] = bad
+        return denoised
+
+    table = sdedit.plan(sdedit.VP(0.1, 20), t0=0.5, steps=4)
+    said = []
+    for maker in shipped.MAKERS:
+        with pytest.raises(sdedit.NetworkError) as raised:
+            edited(maker, monkeypatch, table, False, network=network)
+        said.append(str(raised.value))
+    assert said[0] == said[1]
+    assert "3 NaN or Inf values at step 1 of 4" in said[0]
+
+
+def test_numbers_of_another_precision_are_numpys(monkeypatch):
+    table = sdedit.plan(sdedit.VP(0.1, 20), t0=0.5, steps=2)
+    maker = sdedit.noise_maker()
+    assert edited(maker, monkeypatch, table, True, dtype=np.float64).dtype == np.float64
 
 
 # --- who makes it ------------------------------------------------------------------------------------------------

@@ -33,6 +33,15 @@ struct image_view {
 
 float mask_at(const image_view &image, size_t element) { return image.mask[(uint32_t)element % image.plane]; }
 
+// The mask of `count` elements from `start` on; every channel has the same.
+void copy_mask(const image_view &image, size_t start, uint32_t count, float *mask) {
+    uint32_t at = (uint32_t)start % image.plane;
+    for (uint32_t i = 0; i < count; ++i) {
+        mask[i] = image.mask[at];
+        if (++at == image.plane) at = 0;
+    }
+}
+
 image_view view(const sdedit_batch &batch, uint32_t image) {
     const size_t elements = (size_t)batch.channels * batch.plane, at = image * elements;
     const size_t table = batch.tables == 1 ? 0 : (size_t)image * batch.steps;
@@ -77,10 +86,22 @@ void draw(const image_view &image, uint32_t first, uint32_t count, uint32_t step
     draw_blocks(image.seed, first, (count + 3) / 4, step, repeat, which, z);
 }
 
-bool all_finite(const float *values, size_t count) {
-    bool finite = true;
-    for (size_t i = 0; i < count; ++i) finite &= fabsf(values[i]) <= 3.402823466e+38f;
-    return finite;
+EACH_VECTOR_UNIT bool all_finite(const float *values, size_t count) {
+    uint32_t bad = 0;
+    for (size_t i = 0; i < count; ++i) bad |= !(fabsf(values[i]) <= 3.402823466e+38f);
+    return !bad;
+}
+
+EACH_VECTOR_UNIT void update(const sdedit_row &row, float *x, const float *denoised, const float *previous,
+                             const float *z, uint32_t count) {
+    const sdedit_row r = row;
+    for (uint32_t i = 0; i < count; ++i) x[i] = sdedit::update(r, x[i], denoised[i], previous[i], z[i]);
+}
+
+EACH_VECTOR_UNIT void composite(const sdedit_row &row, float *x, const float *guide, const float *mask, const float *z,
+                                uint32_t count) {
+    const sdedit_row r = row;
+    for (uint32_t i = 0; i < count; ++i) x[i] = sdedit::composite(r, x[i], guide[i], mask[i], z[i]);
 }
 
 // Calls work(start, count, first block) for pieces of an image.
@@ -162,15 +183,13 @@ int sdedit_step(const struct sdedit_batch *batch, uint32_t step, uint32_t repeat
             const float *denoised = image.denoised + start;
             const float *previous = row.d != 0 ? image.previous + start : denoised;
             if (row.c != 0) draw(image, first, count, step, repeat, sdedit::STREAM_STATE, z);
-            for (uint32_t i = 0; i < count; ++i) {
-                x[i] = sdedit::update(row, x[i], denoised[i], previous[i], z[i]);
-            }
+            update(row, x, denoised, previous, z, count);
             if (image.previous) memcpy(image.previous + start, denoised, count * sizeof(float));
             if (!image.mask || last) return;
             draw(image, first, count, step, repeat, sdedit::STREAM_MASK, z);
-            for (uint32_t i = 0; i < count; ++i) {
-                x[i] = sdedit::composite(row, x[i], image.guide[start + i], mask_at(image, start + i), z[i]);
-            }
+            float mask[4 * BLOCKS_AT_ONCE];
+            copy_mask(image, start, count, mask);
+            composite(row, x, image.guide + start, mask, z, count);
         });
         batch->sigma[number] = last ? row.sigma_next : image.rows[step].sigma;
     }

@@ -1,4 +1,4 @@
-"""The library behind sdedit.h that the package ships, as the engine uses it: the noise, compiled.
+"""The library behind sdedit.h that the package ships, as the engine uses it: noise and steps, compiled.
 
 It is for Linux on x86-64 and needs nothing, not even a C library. Where it does not load, NumPy makes the same bits,
 more slowly; SDEDIT_NOISE=numpy or compiled forces one of them.
@@ -6,7 +6,6 @@ more slowly; SDEDIT_NOISE=numpy or compiled forces one of them.
 
 import ctypes
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -17,11 +16,9 @@ COMPILED, NUMPY = MAKERS = ("compiled", "numpy")
 LIBRARY = Path(__file__).with_name("libsdedit.so")
 INTERFACE = 1  # SDEDIT_C_INTERFACE
 
-Normals = Callable[[int, int, int, int, int, int], None]  # seed, step, repeat, stream, elements, address of the first
 
-
-def normals() -> Normals | None:
-    """`sdedit_normals`, which lets other Python threads run; None where NumPy is to make the noise.
+def library() -> ctypes.CDLL | None:
+    """The library, whose functions let other Python threads run; None where NumPy is to do its work.
 
     Raises OptionError (the variable), BackendUnavailable (it asks for what does not load).
     """
@@ -41,18 +38,19 @@ def noise_maker() -> str:
 
     Raises OptionError, BackendUnavailable: the variable SDEDIT_NOISE.
     """
-    return NUMPY if normals() is None else COMPILED
+    return NUMPY if library() is None else COMPILED
 
 
 @cache
-def _load() -> Normals | None:
+def _load() -> ctypes.CDLL | None:
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        found = ctypes.CDLL(str(LIBRARY))
     except OSError:  # another system or processor
         return None
-    if library.sdedit_interface() != INTERFACE:  # of another version of the package
+    if found.sdedit_interface() != INTERFACE:  # of another version of the package
         return None
-    function = library.sdedit_normals
-    function.argtypes = [ctypes.c_uint64, *[ctypes.c_uint32] * 4, ctypes.c_void_p]
-    function.restype = None
-    return function
+    # seed, step, repeat, stream, elements, out
+    found.sdedit_normals.argtypes = [ctypes.c_uint64, *[ctypes.c_uint32] * 4, ctypes.c_void_p]
+    found.sdedit_normals.restype = None
+    found.sdedit_step.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32]  # batch, step, repeat
+    return found
