@@ -58,11 +58,11 @@ class Drawn:
     def __init__(self, streams=(0,), last=STEPS):
         noise = sdedit.Noise([SEED], SHAPE[1:], steps=last)
         self._normals = iter(
-            [noise(step, 0, stream) for step in range(last + 1) for stream in (streams if step else (0,))]
+            [noise(step, 0, stream).copy() for step in range(last + 1) for stream in (streams if step else (0,))]
         )
 
     def __call__(self, *_, **__):
-        return next(self._normals).copy()
+        return next(self._normals)
 
 
 def setting(peers, steps=STEPS, t0=T0):

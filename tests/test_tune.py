@@ -60,6 +60,7 @@ def test_different_t0_share_network_calls(model, guide, monkeypatch):
 
 
 def test_images_of_one_seed_share_what_is_drawn(monkeypatch):
+    monkeypatch.setenv("SDEDIT_NOISE", "numpy")
     drawn = []
     fill = noise._Generator.fill
     monkeypatch.setattr(
