@@ -357,6 +357,11 @@ def show_row(row: Row) -> Row:
     return row
 
 
+def write(result: Row, path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="What only a GPU can show.")
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL.onnx", help="beside the bundled model")
@@ -373,17 +378,16 @@ def main() -> int:
     with driver.current():
         shapes = SMALL if arguments.small else SHAPES
         checks = [show_check(check(driver, shapes)) for check in (check_normals, check_against_host, check_captured)]
-        rows: list[Row] = []
+        result: dict[str, Any] = {"conditions": conditions(driver), "checks": checks, "steps": []}
+        write(result, arguments.output)
         if not arguments.only_kernels:
             if not arguments.no_sanitizer:
                 checks.append(show_check(check_sanitizer()))
             columns = ("network µs", "fused µs", "gaps µs", "outside", "host µs/step", "MiB")
             print(f"\n{'network':<42}" + "".join(f"{name:>14}" for name in columns))
-            found = itertools.chain(product_rows(driver, [None, *arguments.models]), torch_rows(driver))
-            rows = [show_row(row) for row in found]
-        result = {"conditions": conditions(driver), "checks": checks, "steps": rows}
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+            for row in itertools.chain(product_rows(driver, [None, *arguments.models]), torch_rows(driver)):
+                result["steps"].append(show_row(row))
+                write(result, arguments.output)  # a machine on loan may go at any time
     return 1 if any(check["passed"] is False for check in checks) else 0
 
 

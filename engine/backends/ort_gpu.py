@@ -220,8 +220,9 @@ class OrtGpuBackend(OrtBackend):
 class OrtDeviceNetwork:
     """A session bound to tensors on the GPU, on the stream it was made with. See device_loop.DeviceNetwork.
 
-    Not captured from outside: the provider may allocate while it runs. It has a graph of its own, for models whose
-    every node runs on the GPU: provider option enable_cuda_graph=1.
+    Not captured from outside: what it does on the host would not be replayed (tried on an H200: wrong pictures). It has
+    a graph of its own, option enable_cuda_graph=1, for models whose every node runs on the GPU; where the batch is
+    open, some do not.
     """
 
     capturable = False
