@@ -306,25 +306,16 @@ def coefficients(setting: Setting) -> tuple[list[float], list[float]]:
 
 
 class Ours:
-    """`sdedit.load` and `Editor.edit`. Two experiments with what the product does not do: captured, ONNX Runtime
-    recorded from outside, as part of the edit's graph; fixed, its session made for this batch alone.
-    """
+    """`sdedit.load` and `Editor.edit`, on a GPU or, to try the script, on the CPU."""
 
-    def __init__(
-        self, setting: Setting, precision: str = "fp32", *, captured: bool = False, fixed: bool = False, **options: str
-    ) -> None:
+    def __init__(self, setting: Setting, precision: str = "fp32", backend: str = "ort-cuda", **options: str) -> None:
         source = setting.fp16 if precision == "fp16" else setting.fp32
         if source is None:
             raise LookupError(f"no {precision} artifact of {setting.network} was given")
-        if captured and setting.device == "cuda":
-            from sdedit.backends.ort_gpu import OrtDeviceNetwork
-
-            OrtDeviceNetwork.capturable = True
-        if fixed:
-            fix_batch(1)
-        backend = {"cuda": "ort-cuda", "cpu": "ort-cpu"}[setting.device]
-        given = options if setting.device == "cuda" else None
-        self._editor = sdedit.load(source, backend=backend, provider_options=given or None)
+        gpu = setting.device == "cuda"
+        self._editor = sdedit.load(
+            source, backend=backend if gpu else "ort-cpu", provider_options=options if gpu and options else None
+        )
         self._setting, self._seed = setting, 0
         self._said: dict[str, Any] = {}
 
@@ -361,21 +352,7 @@ def graph_of(editor: sdedit.Editor) -> str | None:
         return str(loop.graph)
 
 
-def fix_batch(batch: int) -> None:
-    """Sessions made from here on know their batch beforehand, and fold what depends on it."""
-    from sdedit.backends.ort import OrtBackend
-
-    opened = OrtBackend._session_with
-
-    def session_with(self: OrtBackend, providers: Any, **others: Any) -> Any:
-        others["change"] = lambda options: options.add_free_dimension_override_by_name("B", batch)
-        return opened(self, providers, **others)
-
-    OrtBackend._session_with = session_with  # type: ignore[method-assign]
-
-
 SCHEDULER, OURS = "torch eager fp32, diffusers' scheduler", "sdedit fp32"
-GRAPH, NHWC = {"enable_cuda_graph": "1"}, {"prefer_nhwc": "1"}
 CONTESTANTS: dict[str, tuple[Callable[..., Contestant], dict[str, Any]]] = {
     SCHEDULER: (Torch, {"channels_last": False, "diffusers": True}),
     "torch eager fp32": (Torch, {"channels_last": False}),
@@ -389,11 +366,8 @@ CONTESTANTS: dict[str, tuple[Callable[..., Contestant], dict[str, Any]]] = {
     "torch fp16 compile graph": (Torch, {"dtype": "float16", "compile": "default", "graph": True}),
     OURS: (Ours, {}),
     "sdedit fp32 TF32": (Ours, {"use_tf32": "1"}),
-    "sdedit fp32 graph": (Ours, GRAPH),
     "sdedit fp16": (Ours, {"precision": "fp16"}),
-    "sdedit fp16 graph": (Ours, {"precision": "fp16", **GRAPH}),
-    "sdedit fp16 graph NHWC": (Ours, {"precision": "fp16", **GRAPH, **NHWC}),
-    "sdedit fp16 captured": (Ours, {"precision": "fp16", "captured": True}),
-    "sdedit fp16 captured fixed": (Ours, {"precision": "fp16", "captured": True, "fixed": True}),
-    "sdedit fp16 captured fixed NHWC": (Ours, {"precision": "fp16", "captured": True, "fixed": True, **NHWC}),
+    "sdedit fp16 NHWC": (Ours, {"precision": "fp16", "prefer_nhwc": "1"}),
+    "sdedit fp32 TensorRT": (Ours, {"backend": "tensorrt"}),
+    "sdedit fp16 TensorRT": (Ours, {"precision": "fp16", "backend": "tensorrt"}),
 }

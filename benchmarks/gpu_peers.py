@@ -1,4 +1,4 @@
-"""What a user would use instead on a GPU, beside sdedit on ort-cuda: same weights, steps and GPU, interleaved rounds.
+"""What a user would use instead on a GPU, beside sdedit: same weights, steps and GPU, interleaved rounds.
 
 python benchmarks/gpu_peers.py -o RESULT.json --artifacts DIR [--networks unet-64,bundled] [--batches 1]
 python benchmarks/gpu_peers.py --device cpu ...                       the script itself, where there is no GPU
@@ -37,10 +37,10 @@ import sdedit
 PACKAGES = ("onnxruntime-gpu", "cuda-bindings", "triton", "nvidia-cudnn-cu13", "onnx")
 COUNTED = 3  # edits of a turn
 TOLERANCES = {"fp32": 1e-3, "TF32": 0.05, "fp16": 0.05, "bf16": 0.3}
-LARGE = ("torch fp32 graph", "torch fp16", "torch fp16 graph", "sdedit fp16", "sdedit fp16 captured")
+LARGE = ("torch fp32 graph", "torch fp16", "torch fp16 graph", "sdedit fp16", "sdedit fp16 TensorRT")
 SOME = (
     *("torch eager fp32", "torch fp16", "torch fp16 graph", "torch fp16 compile graph", OURS, "sdedit fp16"),
-    *("sdedit fp16 graph", "sdedit fp16 captured", "sdedit fp16 captured fixed"),
+    "sdedit fp16 TensorRT",
 )
 CONTESTANTS_OF = {BUNDLED: SOME, "ddpm-256": LARGE}  # of the others, all
 
@@ -150,7 +150,7 @@ def make_setting(network: str, arguments: argparse.Namespace) -> Setting:
     fp32: Path | None = folder / f"{network}.onnx"
     fp16: Path | None = folder / f"{network}-fp16.onnx"
     if network == BUNDLED:
-        fp32 = sdedit.artifact.BUNDLED
+        fp32 = sdedit.load(backend="ort-cpu").artifact.path
     if fp32 is not None and fp32.exists() and not (fp16 is not None and fp16.exists()):
         fp16 = halved(fp32, arguments.scratch / f"{network}-fp16.onnx")
     fp32, fp16 = (path if path is not None and path.exists() else None for path in (fp32, fp16))
