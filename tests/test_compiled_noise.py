@@ -181,6 +181,28 @@ def test_compiled_steps_are_numpys(sampler, masked, monkeypatch):
 
 
 @needs_library
+def test_one_guide_one_mask_and_one_stacked_table_serve_all_images():
+    rng = np.random.default_rng(4)
+    guide, mask = rng.uniform(-1, 1, (1, 3, 8, 9)).astype(np.float32), np.float32(rng.uniform(0, 1, (1, 1, 8, 9)))
+    table, seeds = StepTable.stack([sdedit.plan(sdedit.VP(0.1, 20), t0=0.5, steps=4)]), [3, 4, 5]
+    noise, start = sdedit.Noise(seeds, (3, 8, 9)), rng.uniform(-1, 1, (3, 3, 8, 9)).astype(np.float32)
+    results = []
+    for guides, masks in ((guide, mask), (np.repeat(guide, 3, 0), np.repeat(mask, 3, 0))):
+        x = start.copy()
+        advance = compiled_steps(x, table, seeds, 0, guides, masks)
+        made = sdedit.denoise(lambda x, _: np.tanh(x), x, table, noise, guide=guides, mask=masks, advance=advance)
+        results.append(made)
+    assert np.array_equal(*results)
+
+
+@needs_library
+def test_a_table_for_another_number_of_images_is_refused():
+    table = StepTable.stack([sdedit.plan(sdedit.VP(0.1, 20), t0=t0, steps=4) for t0 in (0.4, 0.5)])
+    with pytest.raises(sdedit.OptionError, match="step table for 2 images, batch of 3"):
+        compiled_steps(np.zeros((3, 3, 4, 4), np.float32), table, [0, 1, 2], 0, None, None)
+
+
+@needs_library
 def test_a_network_s_answer_may_lie_anywhere(monkeypatch):
     """In a new array every time, and not in C order."""
     table = sdedit.plan(sdedit.VP(0.1, 20), t0=0.5, steps=4)

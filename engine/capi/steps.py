@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sdedit.capi import shipped
+from sdedit.errors import OptionError
 from sdedit.loop import Array
 from sdedit.schedule import StepTable
 
@@ -21,31 +22,39 @@ class Batch(ctypes.Structure):
 
 
 class CompiledSteps:
-    """`sdedit_step` as `loop.denoise` takes it. x, guide: float32 (B, C, H, W), x contiguous; mask: (B, 1, H, W)."""
+    """`sdedit_step` as `loop.denoise` takes it. x: contiguous float32 (B, C, H, W), which guide and mask,
+    (B, 1, H, W), broadcast to. Raises OptionError: the table is for another number of images.
+    """
 
     def __init__(
         self, library: ctypes.CDLL, x: Array, table: StepTable, seeds: Sequence[int], repeat: int,
         guide: Array | None, mask: Array | None,
     ) -> None:  # fmt: skip
         images, channels, height, width = x.shape
-        tables = images if table.rows.ndim == 3 else 1
+        rows = np.ascontiguousarray(table.rows, np.float32).reshape(-1, *table.rows.shape[-2:])
+        if len(rows) not in (1, images):
+            raise OptionError(
+                f"step table for {len(rows)} images, batch of {images}",
+                hint="stack one table per image, or pass one for all",
+            )
         self._step, self._repeat = library.sdedit_step, repeat
-        self._batch = Batch(shipped.INTERFACE, images, channels, height * width, table.steps, tables)
+        self._batch = Batch(shipped.INTERFACE, images, channels, height * width, table.steps, len(rows))
         self._reference = ctypes.byref(self._batch)
         self._arrays: dict[str, Array | np.ndarray] = {}  # alive while the library has their addresses
         self._point("x", x)
         self._point("sigma", np.empty(images, np.float32))
-        self._point("table", np.ascontiguousarray(table.rows, np.float32))
+        self._point("table", rows)
         self._point("seeds", np.array(seeds, np.uint64))
         if table.column("d").any():
             self._point("previous", np.empty_like(x))
         if guide is not None and mask is not None:
-            self._point("guide", np.ascontiguousarray(guide, np.float32))
-            self._point("mask", np.ascontiguousarray(mask, np.float32))
+            self._point("guide", np.ascontiguousarray(np.broadcast_to(guide, x.shape), np.float32))
+            of_images = np.broadcast_to(mask, (images, 1, height, width))  # ValueError for one of every channel
+            self._point("mask", np.ascontiguousarray(of_images, np.float32))
 
     def __call__(self, number: int, denoised: Array) -> bool:
         """See loop.Advance."""
-        denoised = np.ascontiguousarray(denoised)
+        denoised = np.ascontiguousarray(denoised, np.float32)
         if denoised is not self._arrays.get("denoised"):
             self._point("denoised", denoised)
         result = self._step(self._reference, number, self._repeat)
