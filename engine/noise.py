@@ -104,7 +104,7 @@ class Noise:
         self._seeds = [checked_seed(seed) for seed in seeds]
         self._shape = (len(seeds), *shape)
         self._elements = int(np.prod(shape))
-        library = shipped.library()
+        library = shipped.open_library()
         self._maker = _NumPy(self._elements, steps) if library is None else _Compiled(library, self._elements)
         self._drawn: dict[int, tuple[int, int, NDArray[np.float32]]] = {}  # stream -> first step, repeat, normals
         self._drawing: threading.Thread | None = None

@@ -124,7 +124,7 @@ def test_steps_in_any_order_and_equal_seeds_are_numpys(monkeypatch):
 @needs_library
 def test_it_writes_what_it_is_asked_for_and_no_more():
     out = np.full(16, 99, np.float32)
-    shipped.library().sdedit_normals(7, 1, 0, 0, 5, out.ctypes.data)
+    shipped.open_library().sdedit_normals(7, 1, 0, 0, 5, out.ctypes.data)
     assert (out[5:] == 99).all()
     assert not (out[:5] == 99).any()
 

@@ -17,7 +17,7 @@ LIBRARY = Path(__file__).with_name("libsdedit.so")
 INTERFACE = 1  # SDEDIT_C_INTERFACE
 
 
-def library() -> ctypes.CDLL | None:
+def open_library() -> ctypes.CDLL | None:
     """The library, whose functions let other Python threads run; None where NumPy is to do its work.
 
     Raises OptionError (the variable), BackendUnavailable (it asks for what does not load).
@@ -38,7 +38,7 @@ def noise_maker() -> str:
 
     Raises OptionError, BackendUnavailable: the variable SDEDIT_NOISE.
     """
-    return NUMPY if library() is None else COMPILED
+    return NUMPY if open_library() is None else COMPILED
 
 
 @cache

@@ -70,7 +70,7 @@ def compiled_steps(
     x: Array, table: StepTable, seeds: Sequence[int], repeat: int, guide: Array | None, mask: Array | None
 ) -> CompiledSteps | None:
     """Those of a pass over x; None where NumPy is to make them."""
-    library = shipped.library()
+    library = shipped.open_library()
     if library is None or x.dtype != np.float32 or not x.flags.c_contiguous:
         return None
     return CompiledSteps(library, x, table, seeds, repeat, guide, mask)
