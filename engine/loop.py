@@ -52,7 +52,7 @@ class Advance(Protocol):
 
 def perturb(guide: Array, table: StepTable, noise: NoiseSource, *, repeat: int = 0) -> Array:
     """x(t0) = guide + σ(t0) z. guide (B, C, H, W) in [-1, 1] -> a new array of its shape and precision."""
-    sigma = _per_image(table.column("sigma")[..., 0], guide)
+    sigma, *_ = _columns(table, 0, guide)
     return np.asarray(guide + sigma * noise(0, repeat, STREAM_STATE), guide.dtype)
 
 
@@ -114,7 +114,7 @@ def _numpy_steps(
     def advance(number: int, denoised: Array) -> bool:
         if not np.isfinite(denoised.sum()) and not np.isfinite(denoised).all():
             return False
-        a, b, c, d, sigma_next = coefficients[number - 1]
+        _, a, b, c, d, sigma_next = coefficients[number - 1]
         np.multiply(denoised, b, out=work)
         if two_step:
             if corrected[number - 1]:
@@ -143,20 +143,10 @@ def blend(guide: Array, edited: Array, mask: Array | None) -> Array:
     return edited if mask is None else (1 - mask) * guide + mask * edited
 
 
-def _columns(table: StepTable, n: int, x: Array) -> tuple[Any, ...]:
-    """a, b, c, d, sigma_next of step n in the precision of x: scalars, or (B, 1, 1, 1)."""
-    return tuple(_per_image(table.column(name)[..., n], x) for name in COLUMNS[1:])
-
-
-def _per_image(values: NDArray[np.float64], x: Array) -> Any:
-    if values.ndim == 0:
-        return x.dtype.type(values)
-    if len(values) != len(x):
-        raise OptionError(
-            f"step table for {len(values)} images, batch of {len(x)}",
-            hint="stack one table per image, or pass one for all",
-        )
-    return values.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+def _columns(table: StepTable, n: int, x: Array) -> tuple[Array, ...]:
+    """The COLUMNS of row n, each (1 or B, 1, 1, 1), in the precision of x. Raises OptionError."""
+    rows = table.rows_for(len(x))[:, n].astype(x.dtype)
+    return tuple(rows.T.reshape(len(COLUMNS), -1, *(1,) * (x.ndim - 1)))
 
 
 def not_finite(what: str, number: int, table: StepTable, repeat: int) -> NetworkError:

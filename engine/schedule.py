@@ -53,6 +53,16 @@ class StepTable:
         """One column: (N,) or (B, N)."""
         return self.rows[..., COLUMNS.index(name)]
 
+    def rows_for(self, images: int) -> Floats:
+        """The tables of a batch of `images`: (1, N, 6), one for all, or (images, N, 6). Raises OptionError."""
+        tables = self.rows.reshape(-1, *self.rows.shape[-2:])
+        if len(tables) not in (1, images):
+            raise OptionError(
+                f"step table for {len(tables)} images, batch of {images}",
+                hint="stack one table per image, or pass one for all",
+            )
+        return tables
+
     @staticmethod
     def stack(tables: Sequence["StepTable"]) -> "StepTable":
         """One table per image. All must have the same number of steps."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from sdedit.capi import shipped
-from sdedit.errors import OptionError
 from sdedit.loop import Array
 from sdedit.schedule import StepTable
 
@@ -31,12 +30,7 @@ class CompiledSteps:
         guide: Array | None, mask: Array | None,
     ) -> None:  # fmt: skip
         images, channels, height, width = x.shape
-        rows = np.ascontiguousarray(table.rows, np.float32).reshape(-1, *table.rows.shape[-2:])
-        if len(rows) not in (1, images):
-            raise OptionError(
-                f"step table for {len(rows)} images, batch of {images}",
-                hint="stack one table per image, or pass one for all",
-            )
+        rows = np.ascontiguousarray(table.rows_for(images), np.float32)
         self._step, self._repeat = library.sdedit_step, repeat
         self._batch = Batch(shipped.INTERFACE, images, channels, height * width, table.steps, len(rows))
         self._reference = ctypes.byref(self._batch)

@@ -168,13 +168,7 @@ class DeviceLoop:
 
     def _prepare(self, batch: Batch) -> None:
         self._driver.wait(self._uploaded)  # the pinned buffers are free again
-        table, rows = batch.table, np.ascontiguousarray(batch.table.rows, np.float32)
-        rows = rows.reshape(-1, *rows.shape[-2:])
-        if len(rows) not in (1, self.shape[0]):
-            raise OptionError(
-                f"step table for {len(rows)} images, batch of {self.shape[0]}",
-                hint="stack one table per image, or pass one for all",
-            )
+        table, rows = batch.table, np.ascontiguousarray(batch.table.rows_for(self.shape[0]), np.float32)
         if rows.nbytes > self._table_bytes:
             self._forget_graphs()
             self._table, self._table_bytes = self._allocate(rows.nbytes), rows.nbytes
