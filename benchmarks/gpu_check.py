@@ -48,7 +48,7 @@ Shape = tuple[int, int, int, int]
 class Identity:
     """D = x, a copy: nothing but our own kernels computes."""
 
-    capturable = True
+    capturable, replays = True, False
     stream: int | None = None
 
     def __init__(self, driver: Driver, shape: Shape) -> None:
@@ -276,7 +276,7 @@ def torch_rows(driver: Driver) -> Iterator[Row]:
         return
 
     class Torch:
-        capturable = True
+        capturable, replays = True, False
         stream: int | None = None
 
         def __init__(self, net: Any, shape: Shape, kind: Any) -> None:
@@ -302,7 +302,7 @@ def torch_rows(driver: Driver) -> Iterator[Row]:
             pass
 
     ddpm = ADM(
-        channels=3, out_channels=3, model_channels=128, widths=(1, 1, 2, 2, 4, 4), blocks=2, attention={4},
+        channels=3, out_channels=3, model_channels=128, widths=(128, 128, 256, 256, 512, 512), blocks=2, attention={4},
         num_heads=1, num_heads_upsample=1, num_head_channels=None, new_order=False, classes=0, scale_shift=False,
         updown=False, conv_resample=True,
     )  # fmt: skip

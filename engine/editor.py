@@ -264,9 +264,9 @@ def load(
 ) -> Editor:
     """Open a model on a backend: an artifact (.onnx file; None is the bundled 64x64 model) or a TensorRT plan (.plan).
 
-    precision: what the network is executed in, one of fp32, fp16, bf16 and int8; None is the model's own, which most
-    backends keep to. fast: the fastest execution that passes verification on this machine, in any precision and also
-    by an artifact of the same network beside this one; the first use takes a while. What was taken is in
+    precision: what the network is executed in, one of fp32, tf32, fp16, bf16 and int8; None is the model's own, which
+    most backends keep to. fast: the fastest execution that passes verification on this machine, in any precision and
+    also by an artifact of the same network beside this one; the first use takes a while. What was taken is in
     `Editor.artifact` and `Editor.backend`.
     threads: CPU threads of the network; None uses every core this process may. provider_options: for the execution
     provider of ort-cuda and ort-tensorrt, in ONNX Runtime's own names.

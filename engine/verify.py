@@ -19,7 +19,7 @@ from sdedit.noise import Noise
 from sdedit.schedule import LARGEST_SIGMA, plan
 from sdedit.sde import Sde
 
-TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 3e-2, "int8": 5e-2}  # one evaluation
+TOLERANCES = {"fp32": 1e-5, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2, "int8": 5e-2}  # one evaluation
 TIMES = (0.001, 0.01, 0.05, 0.15, 0.35, 0.6, 0.8, 1.0)
 IMAGE_STEPS = 50
 GUIDES = tuple(BUNDLED.with_name(f"{name}.png") for name in ("strokes", "collage", "photo"))

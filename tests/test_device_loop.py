@@ -17,7 +17,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("double")
 
 
-@pytest.mark.parametrize("cases", ["device_loop", "tensorrt_backend", "closing", "bench"])
+@pytest.mark.parametrize("cases", ["device_loop", "tensorrt_backend", "ort_gpu", "closing", "bench"])
 @pytest.mark.parametrize("port", PORTS)
 def test_it_runs_on_the_driver_double(port, cases, folder: Path, monkeypatch: pytest.MonkeyPatch):
     package = PORTS[port].partition(".")[0]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ORT = ("ort-cpu", "ort-cuda", "ort-tensorrt")
 TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the library's module
 BACKENDS = (*ORT, "openvino", *TENSORRT)
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 USUAL_BATCH = 8  # within two percent of the fastest for small networks, and no burden for large ones
 CPU = ("ort-cpu", "openvino")
 GPU = ("tensorrt", "tensorrt-rtx", "ort-cuda")  # of those, best first
@@ -94,6 +94,10 @@ def precisions(name: str, model: "Artifact | Plan") -> tuple[str, ...]:
         from sdedit.backends import openvino
 
         return openvino.precisions(model)
+    if name == "ort-cuda" and isinstance(model, Artifact):
+        from sdedit.backends import ort_gpu
+
+        return ort_gpu.precisions(model)
     return ((model if isinstance(model, Artifact) else model.artifact).precision,)
 
 
@@ -125,8 +129,8 @@ def _open(
         raise BackendUnavailable(
             f"precision {precision} was asked for; {own.name} is {own.precision}, and {name} runs it in "
             f"{' or '.join(can)} alone",
-            hint="name a model of that precision with -m, or leave --precision out; --backend openvino runs fp32 "
-            "models in bf16 on a CPU that has it",
+            hint="name a model of that precision with -m, or leave --precision out; fp32 models run in bf16 with "
+            "--backend openvino on a CPU that has it, in tf32 with --backend ort-cuda",
         )
     if name in TENSORRT:
         from sdedit.backends.tensorrt import TensorRtBackend
@@ -148,7 +152,7 @@ def _open(
         return OpenVinoBackend(model, threads, precision)
     from sdedit.backends.ort_gpu import OrtGpuBackend
 
-    return OrtGpuBackend(model, name, provider_options)
+    return OrtGpuBackend(model, name, provider_options, precision)
 
 
 def require_known(precision: str) -> None:

@@ -3,11 +3,9 @@
 import contextlib
 import ctypes
 import io
-import itertools
 import logging
 import os
 import re
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -15,17 +13,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 
 from sdedit.artifact import Artifact, ExtraInput
 from sdedit.backends import condition_values, require_open
 from sdedit.backends.ort import OrtBackend
+from sdedit.cuda.conditions import Conditions
+from sdedit.cuda.denoiser import DeviceDenoiser
 from sdedit.cuda.device_loop import DeviceLoop, DeviceNetwork
 from sdedit.cuda.driver import Driver, open_driver, require_library
 from sdedit.cuda.kernels import require_kernels
-from sdedit.cuda.pool import LoopPool
-from sdedit.errors import BackendUnavailable, NetworkError, OptionError, SdeditError
+from sdedit.cuda.pool import LoopPool, Shape
+from sdedit.errors import BackendUnavailable, DeviceError, NetworkError, OptionError, SdeditError
 from sdedit.executor import DeviceExecutor, Executor, HostExecutor
 from sdedit.loop import Denoiser
 from sdedit.tensorrt import cache
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from sdedit.cuda.tensor_edit import GpuBackend
 
 log = logging.getLogger(__name__)
-graph_numbers = itertools.count(1)  # ONNX Runtime tells its own CUDA graphs apart by them
+WITH_TF32 = (8, 0)  # compute capability
+GRAPH = "enable_cuda_graph"  # the CUDA provider's option: every node must run on the GPU
 
 
 def require_libraries(name: str) -> None:
@@ -103,16 +105,35 @@ def wanted_tensorrt() -> str | None:
     return linked[0].rpartition(".")[2] if linked else None
 
 
+def precisions(artifact: Artifact) -> tuple[str, ...]:
+    """What ort-cuda can run it in, its own first: TF32 rounds the factors of float32 products to 10 bits."""
+    with suppress(BackendUnavailable):
+        if artifact.precision == "fp32" and open_driver().gpu.compute_capability >= WITH_TF32:
+            return "fp32", "tf32"
+    return (artifact.precision,)
+
+
 class OrtGpuBackend(OrtBackend):
-    """A session on a stream of ours in the device loop; in the host loop, with copies at every step, where neither
-    pycuda nor cuda-core's bindings are installed.
+    """Sessions of one shape each, on a stream of ours in the device loop, which replay the network as a CUDA graph
+    where ONNX Runtime can; in the host loop, one session with copies at every step, where neither pycuda nor
+    cuda-core's bindings are installed.
     """
 
-    def __init__(self, artifact: Artifact, name: str, provider_options: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        name: str,
+        provider_options: Mapping[str, str] | None = None,
+        precision: str | None = None,
+    ) -> None:
         self._given = dict(provider_options or {})
+        self._tf32 = precision == "tf32"
         self._driver: Driver | None = None
         self._stream: int | None = None
-        self._lock = Lock()  # the session has one stream: one edit at a time
+        self._lock = Lock()  # the sessions have one stream: one edit at a time
+        self._sessions = WeakSet[Any]()  # those that run on it
+        self._first: Any = None  # opened before any loop was: for the first one of its shape
+        self._closed = False
         try:
             self._driver = open_driver()
         except BackendUnavailable as error:
@@ -120,8 +141,9 @@ class OrtGpuBackend(OrtBackend):
         else:
             require_kernels(self._driver, name)
             with self._driver.current():
-                self._stream = self._driver.make_stream()  # for the life of the session
+                self._stream = self._driver.make_stream()  # for the life of the sessions
         super().__init__(artifact, name, threads=1)
+        self.precision = precision or artifact.precision
         self.provider_options = self._given
         self._pool = LoopPool()
         if self._driver is not None:
@@ -132,16 +154,44 @@ class OrtGpuBackend(OrtBackend):
 
         if os.environ.get("SDEDIT_DEBUG") != "1":
             onnxruntime.set_default_logger_severity(4)
-        stream = {} if self._stream is None else {"user_compute_stream": str(self._stream)}
-        cuda = ("CUDAExecutionProvider", {"use_tf32": "0", **stream})  # float32 means float32
+        if self._driver is None:
+            return self._open_with({}, {})
+        self._first = self._open_for(self._shape(1, None))  # what is wrong with it shows now
+        return None
+
+    def _open_for(self, shape: Shape) -> Any:
+        """A session that takes this shape alone; with a CUDA graph of its own, unless a node of it needs the CPU."""
+        sides = {tensor.name: shape if tensor.name == "x" else shape[:1] for tensor in self._artifact.inputs}
+        fixed = {
+            name: side
+            for tensor in self._artifact.inputs
+            for name, side in zip(tensor.shape or (), sides[tensor.name], strict=False)
+            if isinstance(name, str)
+        }
+        stream = {"user_compute_stream": str(self._stream)}
+        if self.name == "ort-cuda" and GRAPH not in self._given:
+            try:
+                return self._open_with(stream | {GRAPH: "1"}, fixed)
+            except BackendUnavailable as error:
+                log.info("%s: the network runs node by node: %s", self.name, error)
+        return self._open_with(stream, fixed)
+
+    def _open_with(self, options: Mapping[str, str], fixed: Mapping[str, int]) -> Any:
+        """A session with these options of the CUDA provider, whose dimensions of these names are fixed."""
+        cuda = ("CUDAExecutionProvider", {"use_tf32": str(int(self._tf32)), **options})  # float32 means float32
         providers = [(cuda[0], cuda[1] | self._given)]
         if self.name == "ort-tensorrt":
             folder = cache.folder().with_name("ort-tensorrt")
             folder.mkdir(parents=True, exist_ok=True)
-            kept = {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(folder), **stream}
+            kept = {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(folder), **options}
             providers = [(self.provider, kept | self._given), cuda]  # what TensorRT does not take stays on the GPU
+
+        def fix(settings: Any) -> None:
+            for name, side in fixed.items():
+                settings.add_free_dimension_override_by_name(name, side)
+
         try:
-            session = self._session_with(providers)
+            session = self._session_with(providers, change=fix)
         except Exception as error:  # onnxruntime raises its own kinds, and RuntimeError
             raise BackendUnavailable(
                 f"{self.name}: {str(error).splitlines()[0]}", hint="'sdedit doctor' says what works"
@@ -151,11 +201,18 @@ class OrtGpuBackend(OrtBackend):
                 f"{self.name}: ONNX Runtime does not bring up {self.provider}",
                 hint="pip install 'sdedit-engine[cuda]'; with SDEDIT_DEBUG=1 it logs why",
             )
+        if self._driver is not None:
+            self._sessions.add(session)
         return session
 
     def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
-        with self._lock:
+        if self._driver is None:
             return super().bind(batch, conditions, size)
+        shape, values = self._shape(batch, size), condition_values(self._artifact, conditions)
+        with self._driver.current(), self._lock:
+            denoiser = DeviceDenoiser(self._driver, self._network(shape), shape)
+            denoiser.set_conditions(values)
+        return denoiser
 
     @contextmanager
     def executor(
@@ -172,14 +229,14 @@ class OrtGpuBackend(OrtBackend):
         self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None
     ) -> Iterator[DeviceLoop]:
         """A loop for batches of this size, for the length of a `with` block. Wants the context current."""
-        require_open(self._session is None)
+        require_open(self._closed)
         shape, values = self._shape(batch, size), condition_values(self._artifact, conditions)
         with self._lock, self._pool.lease(shape, self._make_loop) as loop:
             loop.network.set_conditions(values, loop.stream)
             yield loop
 
     def network(self, batch: int) -> DeviceNetwork:
-        """The network by itself, for batches of this size."""
+        """The network by itself, for batches of this size. Wants the context current."""
         return self._network(self._shape(batch, None))
 
     def on_gpu(self) -> "GpuBackend":
@@ -194,13 +251,14 @@ class OrtGpuBackend(OrtBackend):
         return self._driver
 
     def close(self) -> None:
+        self._closed = True
         if self._driver is None:
             super().close()
             return
         with self._driver.current():
             self._pool.close()
-            alive, self._session = None if self._session is None else weakref.ref(self._session), None
-            if self._stream is not None and (alive is None or alive() is None):  # what is bound still runs on it
+            self._first = None
+            if self._stream is not None and not self._sessions:  # what is bound still runs on it
                 self._driver.free_stream(self._stream)
                 self._stream = None
 
@@ -209,35 +267,45 @@ class OrtGpuBackend(OrtBackend):
             with suppress(SdeditError):
                 self.close()
 
-    def _network(self, shape: tuple[int, int, int, int]) -> DeviceNetwork:
+    def _network(self, shape: Shape) -> DeviceNetwork:
+        require_open(self._closed)
         assert self._stream is not None
-        return OrtDeviceNetwork(self._session, shape, self._artifact.extra_inputs, self._stream)
+        session, self._first = self._first, None
+        if session is None or shape != self._shape(1, None):
+            try:
+                session = self._open_for(shape)
+            except BackendUnavailable as error:  # the first one was there: most likely the memory is full
+                raise DeviceError(str(error), hint="a smaller --batch, or free the GPU's memory") from error
+        return OrtDeviceNetwork(self.driver, session, shape, self._artifact.extra_inputs, self._stream)
 
-    def _make_loop(self, shape: tuple[int, int, int, int]) -> DeviceLoop:
+    def _make_loop(self, shape: Shape) -> DeviceLoop:
         return DeviceLoop(self.driver, self._network(shape), shape)
 
 
 class OrtDeviceNetwork:
-    """A session bound to tensors on the GPU, on the stream it was made with. See device_loop.DeviceNetwork.
+    """A session of one shape, bound to tensors on the GPU, on the stream it was made with. See DeviceNetwork.
 
-    Not captured from outside: what it does on the host would not be replayed (tried on an H200: wrong pictures). It has
-    a graph of its own, option enable_cuda_graph=1, for models whose every node runs on the GPU; where the batch is
-    open, some do not.
+    ONNX Runtime makes its CUDA graph in the first run and replays it from then on, with one launch a call. It cannot
+    be captured from outside: what it does on the host would not be replayed (tried on an H200: wrong pictures).
     """
 
     capturable = False
 
     def __init__(
-        self, session: Any, shape: tuple[int, int, int, int], extra: Mapping[str, ExtraInput], stream: int
+        self, driver: Driver, session: Any, shape: Shape, extra: Mapping[str, ExtraInput], stream: int
     ) -> None:
         import onnxruntime
 
         self.stream: int | None = stream
-        self._session, self._shape, self._declared = session, shape, extra
+        self._session, self._shape = session, shape
+        options = session.get_provider_options().get("CUDAExecutionProvider", {})
+        self.replays = options.get(GRAPH) == "1"
         self._binding = session.io_binding()
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._options.add_run_config_entry("gpu_graph_id", str(next(graph_numbers)))
+        self._conditions = Conditions(driver, shape[0], extra)
+        for name, (address, kind) in self._conditions.tensors.items():
+            self._binding.bind_input(name, "cuda", 0, np.dtype(kind).type, shape[:1], address)
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
         self._binding.bind_input("x", "cuda", 0, np.float32, self._shape, x)
@@ -245,8 +313,7 @@ class OrtDeviceNetwork:
         self._binding.bind_output("denoised", "cuda", 0, np.float32, self._shape, denoised)
 
     def set_conditions(self, values: Mapping[str, float], stream: int) -> None:
-        for name, value in values.items():
-            self._binding.bind_cpu_input(name, np.full(self._shape[0], value, self._declared[name].dtype))
+        self._conditions.set(values, stream)
 
     def enqueue(self, stream: int) -> None:
         assert stream == self.stream
@@ -259,3 +326,4 @@ class OrtDeviceNetwork:
 
     def close(self) -> None:
         self._binding = self._session = None
+        self._conditions.close()

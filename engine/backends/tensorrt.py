@@ -2,17 +2,16 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sdedit.artifact import Artifact, ExtraInput
 from sdedit.backends import USUAL_BATCH, condition_values, require_open
+from sdedit.cuda.conditions import Conditions
 from sdedit.cuda.denoiser import DeviceDenoiser
 from sdedit.cuda.device_loop import DeviceLoop, DeviceNetwork
-from sdedit.cuda.driver import Driver, Pinned, open_driver
+from sdedit.cuda.driver import Driver, open_driver
 from sdedit.cuda.kernels import require_kernels
 from sdedit.cuda.pool import LoopPool
 from sdedit.errors import ArtifactError, BackendUnavailable, DeviceError, NetworkError, OptionError, SdeditError
@@ -205,7 +204,7 @@ class TensorRtNetwork:
     """One execution context with its own activations. See sdedit.cuda.device_loop.DeviceNetwork."""
 
     stream: int | None = None
-    capturable = True
+    capturable, replays = True, False
 
     def __init__(
         self,
@@ -215,9 +214,7 @@ class TensorRtNetwork:
         shape: tuple[int, int, int, int],
         extra: Mapping[str, ExtraInput],
     ) -> None:
-        self._driver, self._context, self._batch = driver, context, shape[0]
-        self._values: dict[str, float] = {}
-        self._extra: dict[str, tuple[int, Pinned, str]] = {}  # device, host, element type
+        self._context = context
         inputs: dict[str, tuple[int, ...]] = {"x": shape, "sigma": shape[:1]} | dict.fromkeys(extra, shape[:1])
         for name, dimensions in inputs.items():
             if not context.set_input_shape(name, dimensions):
@@ -225,29 +222,16 @@ class TensorRtNetwork:
                     f"{library.name}: the plan does not take {name} of shape {dimensions}",
                     hint="'sdedit inspect MODEL.plan' shows its profile; 'sdedit build --batch' makes another",
                 )
-        with ExitStack() as held:
-            for name, declared in extra.items():
-                nbytes = self._batch * np.dtype(declared.dtype).itemsize
-                pointer, memory = driver.allocate(nbytes), driver.allocate_pinned(nbytes)
-                held.callback(driver.free, pointer)
-                held.callback(driver.free_pinned, memory)
-                self._extra[name] = pointer, memory, declared.dtype
-                self._set_address(name, pointer)
-            self._held = held.pop_all()
+        self._conditions = Conditions(driver, shape[0], extra)
+        for name, (address, _) in self._conditions.tensors.items():
+            self._set_address(name, address)
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
         for name, address in (("x", x), ("sigma", sigma), ("denoised", denoised)):
             self._set_address(name, address)
 
     def set_conditions(self, values: Mapping[str, float], stream: int) -> None:
-        if values == self._values:
-            return
-        for name, value in values.items():
-            pointer, memory, kind = self._extra[name]
-            memory.view(kind)[:] = value
-            self._driver.upload(pointer, memory, stream)
-        self._driver.synchronize(stream)
-        self._values = dict(values)
+        self._conditions.set(values, stream)
 
     def enqueue(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):
@@ -255,7 +239,7 @@ class TensorRtNetwork:
 
     def close(self) -> None:
         self._context = None
-        self._held.close()
+        self._conditions.close()
 
     def _set_address(self, name: str, address: int) -> None:
         if not self._context.set_tensor_address(name, address):

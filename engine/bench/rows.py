@@ -58,7 +58,7 @@ class Row:
     cores: int = column(CONDITION)
     gpu: str | None = column(CONDITION)
     noise: str | None = column(CONDITION)  # what made it, as sdedit.noise_maker says; None: the GPU
-    graph: str | None = column(CONDITION)  # on a GPU: a CUDA graph is launched for an "edit", for a "step", or "off"
+    graph: str | None = column(CONDITION)  # on a GPU: what a CUDA graph holds, "edit", "step", "network"; or "off"
     transfers: str = column(CONDITION)  # what of copies to and from the GPU is in the edit's times
     system: str = column(CONDITION)
     python: str = column(CONDITION)

@@ -29,6 +29,7 @@ class DeviceNetwork(Protocol):
     """A score network whose tensors live on the GPU. Wants the context current."""
 
     capturable: bool  # whether `enqueue` may be recorded in a CUDA graph
+    replays: bool  # whether `enqueue` launches a CUDA graph of its own
     stream: int | None  # the one that it runs on; None where any will do
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
@@ -156,8 +157,10 @@ class DeviceLoop:
 
     @property
     def graph(self) -> str:
-        """How steps are launched: as one CUDA graph an "edit", as one a "step", or one by one, "off"."""
-        return ("edit" if self._chains else "step") if self._captures else "off"
+        """What one CUDA graph holds: an "edit", a "step", the "network" of a step; or there is none, "off"."""
+        if self._captures:
+            return "edit" if self._chains else "step"
+        return "network" if self.network.replays else "off"
 
     @property
     def nbytes(self) -> int:

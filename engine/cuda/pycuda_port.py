@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sdedit.cuda.bindings_port import Calls
 from sdedit.cuda.driver import Gpu, Handle, Pinned, driver_text, failed, require_library, unavailable
 from sdedit.cuda.graphs import Graphs
-from sdedit.errors import SdeditError
+from sdedit.errors import DeviceError, SdeditError
 
 NAMES = {  # of the results that have a hint of their own, by pycuda's words
     "out of memory": "CUDA_ERROR_OUT_OF_MEMORY",
@@ -56,7 +56,7 @@ class PycudaPort:
         self.gpu = Gpu(device.name(), tuple(device.compute_capability()), driver_text(cu.get_driver_version()))
         self.versions: Mapping[str, str] = {"pycuda": version}
         self._context = device.retain_primary_context()
-        atexit.register(self._context.detach)  # or pycuda complains of it when the interpreter ends
+        atexit.register(self._detach)  # or pycuda complains of it when the interpreter ends
         self._streams: dict[int, Any] = {}
         self._memory: dict[int, Any] = {}
         self._events: dict[int, Any] = {}
@@ -66,8 +66,14 @@ class PycudaPort:
         except ImportError:
             self.graphs = None
 
+    def _detach(self) -> None:
+        context, self._context = self._context, None
+        context.detach()
+
     @contextmanager
     def current(self) -> Iterator[None]:
+        if self._context is None:  # what an editor's end frees, the process's end does
+            raise DeviceError("the interpreter is ending", hint="close editors before it does")
         with explaining(self._cu):
             self._context.push()
         try:

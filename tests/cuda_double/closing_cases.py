@@ -40,7 +40,7 @@ def ort_cuda(monkeypatch, tmp_path):
             self.stream = backend._stream
 
     monkeypatch.setattr("sdedit.backends.probe", lambda name: None)
-    monkeypatch.setattr(ort_gpu.OrtGpuBackend, "_session_with", lambda self, providers: Session())
+    monkeypatch.setattr(ort_gpu.OrtGpuBackend, "_session_with", lambda self, providers, change: Session())
     monkeypatch.setattr(ort_gpu.OrtGpuBackend, "_network", lambda self, shape: OnTheSessionsStream(self, shape))
     gc.collect()
     before = double.live_objects
@@ -137,7 +137,7 @@ def test_tensors_that_were_made_outlive_the_editor(tensorrt):
 
 def test_a_stream_that_something_bound_still_runs_on_is_left(ort_cuda):
     editor, before = ort_cuda
-    kept = editor.backend._session  # as a denoiser of `bind` has it
+    kept = editor.backend._first  # as a denoiser of `bind` has it
     editor.close()
     assert double.live_objects["streams"] == before["streams"] + 1
     del kept

@@ -22,7 +22,7 @@ SLOPE, OFFSET = np.float32(0.9), np.float32(0.05)
 class LinearNetwork:
     """D = slope x + offset / (1 + sigma), as a kernel."""
 
-    capturable = True
+    capturable, replays = True, False
     stream = None
 
     def __init__(self, driver, shape, *, slope=SLOPE, offset=OFFSET):

@@ -1,0 +1,41 @@
+"""A network's further inputs on the GPU, at addresses that stay: a graph may be made of what reads them."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import numpy as np
+
+from sdedit.artifact import ExtraInput
+from sdedit.cuda.driver import Driver, Pinned
+
+
+class Conditions:
+    """One value for all images of a batch, of every input that an artifact declares. Wants the context current."""
+
+    def __init__(self, driver: Driver, batch: int, extra: Mapping[str, ExtraInput]) -> None:
+        self.tensors: dict[str, tuple[int, str]] = {}  # address of (B,), element type
+        self._driver, self._values = driver, dict[str, float]()
+        self._host: dict[str, Pinned] = {}
+        with ExitStack() as held:
+            for name, declared in extra.items():
+                nbytes = batch * np.dtype(declared.dtype).itemsize
+                pointer, self._host[name] = driver.allocate(nbytes), driver.allocate_pinned(nbytes)
+                held.callback(driver.free, pointer)
+                held.callback(driver.free_pinned, self._host[name])
+                self.tensors[name] = pointer, declared.dtype
+            self._held = held.pop_all()
+
+    def set(self, values: Mapping[str, float], stream: int) -> None:
+        """For what is enqueued on the stream from here on."""
+        if values == self._values:
+            return
+        for name, value in values.items():
+            pointer, kind = self.tensors[name]
+            self._host[name].view(kind)[:] = value
+            self._driver.upload(pointer, self._host[name], stream)
+        self._driver.synchronize(stream)
+        self._values = dict(values)
+
+    def close(self) -> None:
+        self._host = {}
+        self._held.close()
