@@ -44,9 +44,10 @@ def draw(study: dict[str, Any], path: Path) -> None:
     axes[0][0].set_yscale("log")
     axes[1][0].set_yscale("symlog", linthresh=1)
     for panel in axes[:2, 0]:
-        panel.yaxis.set_major_locator(FixedLocator([-1, 0, 1, 2, 3, 5, 10, 20, 30, 50, 100, 200]))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_locator(NullLocator())
+    axes[0][0].yaxis.set_major_locator(FixedLocator([50, 70, 100, 150, 200, 300, 400]))
+    axes[1][0].yaxis.set_major_locator(FixedLocator([-1, 0, 1, 10, 100]))
     steps = sorted({row["steps"] for row in rows if row["steps"] < 500})
     for panel in axes[-1]:
         panel.set_xscale("log")
@@ -60,10 +61,10 @@ def draw(study: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def best(rows: list[Row], steps: Sequence[int]) -> list[Row]:
-    """For each number of steps the row with the lowest KID, of those samplers that need not be em."""
-    ours = [[row for row in rows if row["steps"] == n and row["sampler"] != "em"] for n in steps]
-    return [min(some, key=lambda row: float(row["kid"]["value"])) for some in ours if some]
+def closest(rows: list[Row], steps: Sequence[int]) -> list[Row]:
+    """For each number of steps the row whose results are distributed most like em-500's."""
+    ours = [[row for row in rows if row["steps"] == n] for n in steps]
+    return [min(some, key=lambda row: float(row["to_em500"]["value"])) for some in ours if some]
 
 
 def sheet(columns: Mapping[str, Pictures], path: Path) -> None:
@@ -103,5 +104,5 @@ def _legend(axes: Any) -> tuple[list[Any], list[str]]:
 def title(study: dict[str, Any]) -> str:
     """Says how much of the study there is."""
     name, guides = study["conditions"]["model"]["name"], study["conditions"]["guides"]
-    made = "" if study["done"] == study["of"] else f"; {study['done']} of {study['of']} settings so far"
+    made = "" if study["done"] == study["of"] else f"; {study['done']} of {study['of']} settings"
     return f"{name}, t0 0.5, {guides} stroke guides{made}"

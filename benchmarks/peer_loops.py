@@ -48,6 +48,8 @@ class Setting:
     steps: int
     t0: float
     sigmas: Sequence[float]  # the levels, from σ(t0) to 0: steps + 1
+    sampler: str  # of our own edits; the other loops are ancestral, or Euler-Maruyama for a VE network
+    spacing: str
     clock: Clock = field(default_factory=Clock)
 
     @contextmanager
@@ -231,13 +233,13 @@ def our_edit(setting: Setting, *, backend: str, int8: bool = False, **options: A
     if unknown := set(options) - set(inspect.signature(sdedit.load).parameters):
         raise LookupError(f"this sdedit has no {', '.join(unknown)}")
     editor = sdedit.load(source, backend=backend, **options)
-    sampler = "ancestral" if setting.network.kind == VP else "em"
     seed = 0
 
     def edit(picture: Picture) -> Picture:
         nonlocal seed
         seed += 1
-        out = editor.edit(picture, t0=setting.t0, steps=setting.steps, sampler=sampler, seed=seed)
+        used = {"t0": setting.t0, "steps": setting.steps, "sampler": setting.sampler, "spacing": setting.spacing}
+        out = editor.edit(picture, seed=seed, **used)
         setting.clock.network_s += (out.timings.network_ms or 0.0) / 1e3
         return np.asarray(out.images[0])
 

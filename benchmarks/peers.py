@@ -56,7 +56,7 @@ def serve(name: str, request: dict[str, Any]) -> None:
     described = request["network"]
     paths = {key: described[key] and Path(described[key]) for key in ("folder", "artifact", "int8")}
     used = Network(described["name"], described["kind"], **paths)
-    setting = Setting(used, request["steps"], request["t0"], request["sigmas"])
+    setting = Setting(used, *(request[name] for name in ("steps", "t0", "sigmas", "sampler", "spacing")))
     open_peer, options = PEERS[name]
     try:
         edit = open_peer(setting, **options)
@@ -186,13 +186,18 @@ def measure_first(names: Sequence[str], request: dict[str, Any], rounds: int) ->
         yield found
 
 
-def make_request(used: Network, steps: int, t0: float) -> dict[str, Any]:
+def make_request(
+    used: Network, steps: int, t0: float, sampler: str | None = None, spacing: str = "uniform"
+) -> dict[str, Any]:
     editor = sdedit.load(used.artifact, backend="ort-cpu")
-    table = sdedit.plan(editor.sde, t0=t0, steps=steps, sampler="ancestral" if used.kind == VP else "em")
+    sampler = sampler or ("ancestral" if used.kind == VP else "em")
+    table = sdedit.plan(editor.sde, t0=t0, steps=steps, sampler=sampler, spacing=spacing)
     described = {"name": used.name, "kind": used.kind, "folder": str(used.folder), "artifact": str(used.artifact)}
     described |= {"int8": used.int8 and str(used.int8)}
     described |= {"sha256": editor.artifact.sha256}
-    return {"network": described, "steps": steps, "t0": t0, "sigmas": [*table.column("sigma").tolist(), 0.0]}
+    sigmas = [*table.column("sigma").tolist(), 0.0]
+    asked = {"steps": steps, "t0": t0, "sampler": sampler, "spacing": spacing}
+    return {"network": described, "sigmas": sigmas, **asked}
 
 
 def conditions() -> dict[str, Any]:
@@ -309,7 +314,7 @@ def load_kept(path: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
     if path is None or not path.exists():
         return asked | {"calls": []}
     kept: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    if any(kept[key] != value for key, value in asked.items()):
+    if any(kept.get(key) != value for key, value in asked.items()):
         raise SystemExit(f"error: {path} holds {kept['network']}, {kept['steps']} steps\nhint: name another file")
     return kept
 
@@ -319,6 +324,8 @@ def main() -> None:
     parser.add_argument("--network", choices=NAMES, default="unet-64")
     parser.add_argument("--steps", type=int, default=50, help="of everybody but the original loop, which has them all")
     parser.add_argument("--t0", type=float, default=0.5)
+    parser.add_argument("--sampler", help="of sdedit's edits (default: ancestral, em for a VE network)")
+    parser.add_argument("--spacing", default="uniform", help="of the steps, of all that have so many")
     parser.add_argument("--peers", metavar="NAME,NAME", help="only these (default: all but the original loop)")
     parser.add_argument("--list", action="store_true", help="print the peers' names")
     parser.add_argument("--rounds", type=int, default=5)
@@ -344,8 +351,9 @@ def main() -> None:
     if unknown := set(names) - set(PEERS):
         parser.error(f"no peer is called {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
     used = network(arguments.network, arguments.networks, int8=arguments.int8)
-    request = make_request(used, arguments.steps, arguments.t0)
-    kept = load_kept(arguments.json, {"network": used.name, "steps": arguments.steps, "t0": arguments.t0})
+    request = make_request(used, arguments.steps, arguments.t0, arguments.sampler, arguments.spacing)
+    asked = {name: request[name] for name in ("steps", "t0", "sampler", "spacing")}
+    kept = load_kept(arguments.json, {"network": used.name, **asked})
     about = {"artifact_sha256": request["network"]["sha256"], **conditions()}
     call: dict[str, Any] = {"conditions": about, "rounds": [], "first": []}
     kept["calls"].append(call)

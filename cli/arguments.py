@@ -36,7 +36,9 @@ def add_steps(parser: argparse._ActionsContainer) -> None:
         "--eta", type=float, metavar="E", help="fresh noise of ddim (default 0) and dpmpp-2m-sde (default 1)"
     )
     parser.add_argument(
-        "--spacing", metavar="S", help="of the steps: uniform, log-sigma or karras (default: the model's, else uniform)"
+        "--spacing",
+        metavar="S",
+        help="of the steps: uniform, log-sigma or karras (default: the model's for its sampler, else uniform)",
     )
 
 

@@ -18,7 +18,10 @@ MOST = 10_000  # samples of a guide, repeats, images in a batch: more is a slip 
 
 @dataclass(frozen=True)
 class EditOptions:
-    """How to edit. None takes the artifact's default, else t0 0.5, 50 steps, `ancestral`, `uniform`."""
+    """How to edit. None takes the artifact's default, else t0 0.5, 50 steps, `ancestral`, `uniform`.
+
+    An artifact's spacing is meant for its sampler, where it has one: with another, None is `uniform`.
+    """
 
     t0: float | None = None  # in (0, 1]: small is faithful to the guide, large is realistic
     steps: int | None = None  # denoising steps actually run, each one network evaluation
@@ -41,13 +44,15 @@ class EditOptions:
             return whole(name, getattr(self, name), 1, MOST, hint=f"leave {name} out for 1")
 
         sampler = defaults.get("sampler", "ancestral") if self.sampler is None else self.sampler
+        meant_for = defaults.get("sampler", sampler)
+        spacing = defaults.get("spacing", "uniform") if sampler == meant_for else "uniform"
         return replace(
             self,
             t0=checked_t0(defaults.get("t0", 0.5) if self.t0 is None else self.t0),
             steps=checked_steps(defaults.get("steps", 50) if self.steps is None else self.steps),
             sampler=sampler,
             eta=resolve_eta(sampler, self.eta),
-            spacing=checked_spacing(defaults.get("spacing", "uniform") if self.spacing is None else self.spacing),
+            spacing=checked_spacing(spacing if self.spacing is None else self.spacing),
             seed=checked_seed(self.seed),
             size=_size(self.size),
             region=checked_region(self.region),

@@ -20,7 +20,7 @@ def metadata(checkpoint: dict[str, Any], net: PatchUNet) -> dict[str, Any]:
         "name": "eurosat-64",
         "image": {"channels": 3, "height": 64, "width": 64},
         "sde": schedules.as_metadata(schedules.cosine()),
-        "defaults": {"t0": 0.5, "steps": 50, "sampler": "ancestral"},
+        "defaults": {"t0": 0.5, "steps": 20, "sampler": "dpmpp-2m-sde", "spacing": "karras"},
         "sigma_range": list(net.sigma_range),
         "precision": "fp32",
         "license": "MIT",

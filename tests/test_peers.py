@@ -68,7 +68,7 @@ class Drawn:
 def setting(peers, steps=STEPS, t0=T0):
     loops, program, used = peers
     request = program.make_request(used, steps, t0)
-    return loops.Setting(used, steps, t0, request["sigmas"])
+    return loops.Setting(used, steps, t0, *(request[name] for name in ("sigmas", "sampler", "spacing")))
 
 
 def ours(peers, picture, steps=STEPS, t0=T0):
@@ -121,7 +121,7 @@ def test_loops_for_ve_networks_are_euler_maruyama_as_ours(peers, picture, monkey
     loops, _, used = peers
     table = sdedit.plan(sdedit.VE(0.02, 60.0), t0=T0, steps=STEPS, sampler="em")
     ve = replace(used, kind="ve")
-    asked = loops.Setting(ve, STEPS, T0, [*table.column("sigma").tolist(), 0.0])
+    asked = loops.Setting(ve, STEPS, T0, [*table.column("sigma").tolist(), 0.0], "em", "uniform")
     noise = sdedit.Noise([SEED], SHAPE[1:], steps=STEPS)
     guide = picture.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
 

@@ -142,6 +142,13 @@ def test_the_models_default_is_taken_unless_another_is_given(tmp_path: Path) -> 
     assert edit(editor, spacing="uniform").options.spacing == "uniform"
 
 
+def test_the_models_spacing_is_for_the_models_sampler(tmp_path: Path) -> None:
+    editor = sdedit.load(model(tmp_path / "model.onnx", sampler="er-sde", spacing="karras"), backend="ort-cpu")
+    for sampler, spacing in ((None, "karras"), ("er-sde", "karras"), ("em", "uniform")):
+        assert editor.edit(GUIDE, steps=2, sampler=sampler).options.spacing == spacing
+    assert editor.edit(GUIDE, steps=2, sampler="em", spacing="log-sigma").options.spacing == "log-sigma"
+
+
 def test_a_model_that_recommends_an_unknown_spacing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(sdedit.ArtifactError, match=r"defaults.spacing is 'cosine'; wanted one of uniform, log-sigma"):
         artifact.read(model(tmp_path / "model.onnx", spacing="cosine"))
