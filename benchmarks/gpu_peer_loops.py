@@ -13,12 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from peer_networks import CONFIGURATIONS, SIZES
+from peer_networks import BUNDLED, CONFIGURATIONS, SIZES, weights_of
 
 import sdedit
 
 Picture = NDArray[np.uint8]
-BUNDLED = "bundled"
 LEVELS = 1000  # that the U-Nets of diffusers are trained at
 
 
@@ -37,7 +36,7 @@ class Setting:
 
     @property
     def size(self) -> int:
-        return 64 if self.network == BUNDLED else SIZES[self.network]
+        return SIZES[self.network]
 
 
 class Contestant(Protocol):
@@ -68,38 +67,6 @@ def levels() -> NDArray[np.float64]:
 
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
-
-
-def weights_of(path: Path, wanted: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """A module's weights out of the artifact that was exported from it: by their names where it kept them, else by
-    the name of the node that uses them. Raises LookupError for one that is not found.
-    """
-    import onnx
-    import torch
-
-    graph = onnx.load(path).graph
-    kept = {weight.name: weight for weight in graph.initializer}
-    found: dict[str, Any] = {}
-    for name, weight in kept.items():
-        key = name.removesuffix(".half").removeprefix(prefix)
-        if key in wanted:
-            found[key] = onnx.numpy_helper.to_array(weight)
-    for node in graph.node:
-        if node.op_type == "Identity" and node.input[0] in kept:
-            kept[node.output[0]] = kept[node.input[0]]  # equal weights are kept once
-        end = {"Mul": "weight", "MatMul": "weight", "Add": "bias"}.get(node.op_type)
-        used = [name for name in node.input if name in kept]
-        if end is None or not used:
-            continue
-        key = node.name.rpartition("/")[0].strip("/").replace("/", ".").removeprefix(prefix) + "." + end
-        if key in wanted and key not in found:
-            value = onnx.numpy_helper.to_array(kept[used[0]])
-            found[key] = value.T if node.op_type == "MatMul" else value
-    if missing := set(wanted) - set(found):
-        raise LookupError(f"{path.name} has no {', '.join(sorted(missing)[:3])} ({len(missing)} are missing)")
-    return {
-        key: torch.from_numpy(np.array(found[key], np.float32)).reshape(value.shape) for key, value in wanted.items()
-    }
 
 
 def denoiser(setting: Setting, kind: Any, *, channels_last: bool) -> Any:

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from peer_networks import VP, Network
+from peer_networks import BUNDLED, VP, Network, weights_of
 
 import sdedit
 
@@ -66,9 +67,46 @@ class Setting:
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
+def torch_network(network: Network) -> Any:
+    """What is called with (x, t, return_dict=False), and returns a tuple of eps, or of the score for a VE network."""
+    if network.name != BUNDLED:
+        import diffusers
+
+        return diffusers.UNet2DModel.from_pretrained(network.folder / "unet").eval()
+    import torch
+
+    from sdedit.export.networks.patch_unet import PatchUNet
+
+    class Eps(torch.nn.Module):
+        """The bundled network at level t of its schedule, as diffusers' networks are called."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = PatchUNet()
+            self.net.load_state_dict(weights_of(network.artifact, self.net.state_dict(), ""))
+            abar = torch.from_numpy(alphas_cumprod(network))
+            self.register_buffer("sigmas", ((1 - abar) / abar).sqrt().float())
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+            sigma = self.sigmas[t].expand(len(x)).to(x.dtype)
+            level = sigma[:, None, None, None]
+            x = x * (1 + level**2).sqrt()  # to the frame where x = data + σ · noise
+            return ((x - self.net(x, sigma)) / level,)
+
+    return Eps().eval()
+
+
+@cache
+def alphas_cumprod(network: Network) -> NDArray[np.float64]:
+    """ᾱ of a VP network's thousand levels."""
+    if network.name != BUNDLED:
+        return np.cumprod(1 - np.linspace(1e-4, 0.02, LEVELS))
+    told = sdedit.load(network.artifact, backend="ort-cpu", threads=1).artifact.metadata["sde"]["alphas_cumprod"]
+    return np.array(told, np.float64)
+
+
 def torch_edit(setting: Setting, *, channels_last: bool, compiled: bool, dtype: str, autocast: bool = False) -> Edit:
     """diffusers' network and scheduler in the usual image-to-image loop."""
-    import diffusers
     import torch
 
     if compiled:
@@ -76,10 +114,10 @@ def torch_edit(setting: Setting, *, channels_last: bool, compiled: bool, dtype: 
 
         config.freezing = True  # weights become constants, laid out once
     kind = getattr(torch, dtype)
-    unet = diffusers.UNet2DModel.from_pretrained(setting.network.folder / "unet").eval().to(kind)
+    net = torch_network(setting.network).to(kind)
     if channels_last:
-        unet = unet.to(memory_format=torch.channels_last)
-    module = torch.compile(unet) if compiled else unet
+        net = net.to(memory_format=torch.channels_last)
+    module = torch.compile(net) if compiled else net
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -102,7 +140,11 @@ def diffusers_loop(setting: Setting, predict: Callable[..., Any], guide: Any) ->
     import diffusers
     import torch
 
-    scheduler = diffusers.DDPMScheduler.from_pretrained(setting.network.folder / "scheduler")
+    if setting.network.name == BUNDLED:
+        betas = -np.expm1(np.diff(np.log(alphas_cumprod(setting.network)), prepend=0))
+        scheduler = diffusers.DDPMScheduler(trained_betas=betas, timestep_spacing="trailing", clip_sample=False)
+    else:
+        scheduler = diffusers.DDPMScheduler.from_pretrained(setting.network.folder / "scheduler")
     scheduler.set_timesteps(round(setting.steps / setting.t0))
     timesteps = scheduler.timesteps[-setting.steps :]
     x = scheduler.add_noise(guide, torch.randn(guide.shape), timesteps[:1])
@@ -131,12 +173,12 @@ def paper_edit(setting: Setting) -> Edit:
     Written anew from the paper (appendix C) and the way their code works: coefficients are tensors that are computed
     and looked up in every step, and the mask, here one that repaints everything, is applied in every step.
     """
-    import diffusers
     import torch
 
-    unet = diffusers.UNet2DModel.from_pretrained(setting.network.folder / "unet").eval()
-    predict = setting.clock.timed(lambda x, t: unet(x, t).sample)
-    betas = torch.linspace(1e-4, 0.02, LEVELS, dtype=torch.float64).float()
+    net = torch_network(setting.network)
+    predict = setting.clock.timed(lambda x, t: net(x, t, return_dict=False)[0])
+    cumulative = alphas_cumprod(setting.network)
+    betas = torch.from_numpy(-np.expm1(np.diff(np.log(cumulative), prepend=0))).float()
 
     def at(values: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return values[t].reshape(-1, 1, 1, 1)

@@ -1,4 +1,5 @@
-"""The networks that peers.py runs: a diffusers folder with random weights, and the artifact exported from it.
+"""The networks that peers.py runs: a diffusers folder with random weights, and the artifact exported from it; or the
+bundled model, whose network is this project's own.
 
 Random weights cost what trained ones do. Everything is made once and kept in a folder.
 """
@@ -10,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import sdedit
 
 VP, VE = "vp", "ve"
+BUNDLED = "bundled"
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class Network:
     """One network in the two forms that are compared."""
 
     name: str
-    kind: str  # VP: predicts eps under DDPM's schedule; VE: the score, from sigma
-    folder: Path  # what diffusers loads
+    kind: str  # VP: predicts eps at one of a thousand levels; VE: the score, from sigma
+    folder: Path  # what diffusers loads; of the bundled model, the artifact
     artifact: Path  # what sdedit, ONNX Runtime and OpenVINO load
     int8: Path | None  # the same in int8, where it has been made
 
@@ -30,12 +34,15 @@ class Network:
         return SIZES[self.name]
 
 
-SIZES = {"unet-64": 64, "ddpm-256": 256, "ncsnpp-256": 256, "tiny": 16}
+SIZES = {BUNDLED: 64, "unet-64": 64, "ddpm-256": 256, "ncsnpp-256": 256, "tiny": 16}
 NAMES = tuple(name for name in SIZES if name != "tiny")  # that one is for tests
 
 
 def network(name: str, folder: Path, *, int8: bool = False) -> Network:
     """The network called `name`, made in `folder` where it is not there yet. int8: also quantised, for OpenVINO."""
+    if name == BUNDLED:
+        path = sdedit.load(backend="ort-cpu", threads=1).artifact.path
+        return Network(name, VP, path, path, None)
     home = folder / f"{name}-{sdedit.__version__}"
     home.mkdir(parents=True, exist_ok=True)
     source, artifact, quantised = home / "diffusers", home / f"{name}.onnx", home / f"{name}-int8.onnx"
@@ -94,3 +101,35 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "attention_head_dim": None, "norm_num_groups": None, "norm_eps": 1e-6, "freq_shift": 0,
     },
 }  # fmt: skip
+
+
+def weights_of(path: Path, wanted: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A module's weights out of the artifact that was exported from it: by their names where it kept them, else by
+    the name of the node that uses them. Raises LookupError for one that is not found.
+    """
+    import onnx
+    import torch
+
+    graph = onnx.load(path).graph
+    kept = {weight.name: weight for weight in graph.initializer}
+    found: dict[str, Any] = {}
+    for name, weight in kept.items():
+        key = name.removesuffix(".half").removeprefix(prefix)
+        if key in wanted:
+            found[key] = onnx.numpy_helper.to_array(weight)
+    for node in graph.node:
+        if node.op_type == "Identity" and node.input[0] in kept:
+            kept[node.output[0]] = kept[node.input[0]]  # equal weights are kept once
+        end = {"Mul": "weight", "MatMul": "weight", "Add": "bias"}.get(node.op_type)
+        used = [name for name in node.input if name in kept]
+        if end is None or not used:
+            continue
+        key = node.name.rpartition("/")[0].strip("/").replace("/", ".").removeprefix(prefix) + "." + end
+        if key in wanted and key not in found:
+            value = onnx.numpy_helper.to_array(kept[used[0]])
+            found[key] = value.T if node.op_type == "MatMul" else value
+    if missing := set(wanted) - set(found):
+        raise LookupError(f"{path.name} has no {', '.join(sorted(missing)[:3])} ({len(missing)} are missing)")
+    return {
+        key: torch.from_numpy(np.array(found[key], np.float32)).reshape(value.shape) for key, value in wanted.items()
+    }

@@ -115,6 +115,25 @@ def test_a_runtime_with_a_loop_in_numpy_makes_the_same_picture(peers, picture, m
     assert levels_apart(open_peer(setting(peers), **options)(picture), ours(peers, picture).images[0]).max() <= 1
 
 
+def test_the_bundled_network_predicts_the_same_noise_in_torch(peers):
+    import torch
+
+    loops, _, _ = peers
+    import peer_networks
+
+    network = peer_networks.network("bundled", Path("nowhere"))
+    abar = loops.alphas_cumprod(network)
+    x = np.random.default_rng(0).standard_normal((1, 3, 64, 64), np.float32)
+    denoise = sdedit.load(backend="ort-cpu").backend.bind(1, {})
+    for level in (3, 300, 700):
+        sigma = np.sqrt((1 - abar[level]) / abar[level])
+        scaled = (x * np.sqrt(1 + sigma**2)).astype(np.float32)
+        wanted = (scaled - denoise(scaled, np.full(1, sigma, np.float32))) / sigma
+        with torch.inference_mode():
+            found = loops.torch_network(network)(torch.from_numpy(x), torch.tensor([level]), return_dict=False)[0]
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=2e-3 if level == 3 else 2e-4)
+
+
 def test_loops_for_ve_networks_are_euler_maruyama_as_ours(peers, picture, monkeypatch):
     import torch
 
