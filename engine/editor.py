@@ -19,7 +19,7 @@ from sdedit.backends.ort import MOST_THREADS
 from sdedit.budget import Budget, StepTimes, checked_max_ms, checked_spent_ms
 from sdedit.checks import whole
 from sdedit.errors import OptionError
-from sdedit.executor import Batch, Executor
+from sdedit.executor import Batch, DeviceExecutor, Executor
 from sdedit.image import Picture, Source
 from sdedit.jobs import Group, Job, Made, Report, grouped, pictures, result, run
 from sdedit.lifetime import Lifetime
@@ -225,6 +225,8 @@ class Editor:
                 few = replace(options, steps=steps, repeats=1)
                 made[:] = run(jobs, few, plan(self.sde, **few.schedule()), executor)
 
+            if isinstance(executor, DeviceExecutor):
+                calibrate(1)  # chooses kernels and captures: no later step takes as long, so it is not a measure
             times.calibrate(calibrate, lambda: pictures(jobs, [one.x for one in made]), max_ms)
         return pick()
 
