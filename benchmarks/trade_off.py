@@ -4,8 +4,9 @@ what repeats, samplers and steps change.
 python benchmarks/trade_off.py EuroSAT_RGB.zip --cache DIR --features INCEPTION.pt [-o benchmarks/results]
 python benchmarks/trade_off.py --redraw benchmarks/results/trade_off.json
 
-Resumable: results and features are kept in DIR, which may be that of few_steps.py. --minutes M stops making new ones
-after so long, --report makes none; what there is then is reported.
+500 guides, one seed each: two minutes of an H100 beside 16 cores, or two to three hours of two cores. Resumable:
+results and features are kept in DIR, which may be that of few_steps.py. --minutes M stops making new ones after so
+long, --report makes none; what there is then is reported.
 """
 
 import argparse

@@ -54,10 +54,11 @@ def sheet_ms(editor: sdedit.Editor, steps: int, batch: int | None) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, help="of an edit (default: the model's)")
     parser.add_argument("--batch", type=int, help="of the sheet (default: as sdedit tune chooses it)")
     arguments = parser.parse_args()
     editor = sdedit.load(backend="ort-cpu")
+    steps = int(arguments.steps or editor.artifact.defaults["steps"])
     batches: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     for _ in range(3):
         for batch in BATCHES:
@@ -67,8 +68,8 @@ def main() -> None:
     network, sheets = [], []
     for _ in range(arguments.runs):
         network.append(network_ms(editor, best, images=20 * best))
-        sheets.append(sheet_ms(editor, arguments.steps, arguments.batch))
-    evaluations = len(T0S) * SEEDS * arguments.steps
+        sheets.append(sheet_ms(editor, steps, arguments.batch))
+    evaluations = len(T0S) * SEEDS * steps
     ratios = [sheet / (evaluations * one) for sheet, one in zip(sheets, network, strict=True)]
     result = {
         "conditions": {
@@ -86,7 +87,7 @@ def main() -> None:
             "model": editor.artifact.name,
             "runs": arguments.runs,
         },
-        "sheet": {"t0": T0S, "seeds": SEEDS, "steps": arguments.steps, "evaluations": evaluations},
+        "sheet": {"t0": T0S, "seeds": SEEDS, "steps": steps, "evaluations": evaluations},
         "network_ms_per_image_by_batch": {str(batch): [round(one, 3) for one in batches[batch]] for batch in BATCHES},
         "best_batch": best,
         "network_ms_per_image_before_each_sheet": [round(one, 3) for one in network],
