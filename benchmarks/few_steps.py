@@ -174,7 +174,7 @@ def main() -> None:
     show(study, cache, guides, arguments.output / "few_steps_pictures.png")
     print(
         f"{study['done']} of {study['of']} settings; *: at most {MOST_EVALUATIONS} evaluations, and KID at most two "
-        "paired standard errors over em-500's; **: and results not told from em-500's, by as much"
+        "paired standard errors over em-500's; **: and its KID to em-500's results at most as much over em-500's own"
     )
 
 

@@ -275,14 +275,14 @@ def coefficients(setting: Setting) -> tuple[list[float], list[float]]:
 class Ours:
     """`sdedit.load` and `Editor.edit`, on a GPU or, to try the script, on the CPU."""
 
-    def __init__(self, setting: Setting, precision: str = "fp32", backend: str = "ort-cuda", **options: str) -> None:
+    def __init__(self, setting: Setting, precision: str = "fp32", backend: str = "ort-cuda", **options: Any) -> None:
         source = setting.fp16 if precision == "fp16" else setting.fp32
         if source is None:
             raise LookupError(f"no {precision} artifact of {setting.network} was given")
         gpu = setting.device == "cuda"
-        self._editor = sdedit.load(
-            source, backend=backend if gpu else "ort-cpu", provider_options=options if gpu and options else None
-        )
+        run_in = {"precision": "tf32"} if gpu and precision == "tf32" else {}
+        options = {"provider_options": options} if gpu and options else {}
+        self._editor = sdedit.load(source, backend=backend if gpu else "ort-cpu", **run_in, **options)
         self._setting, self._seed = setting, 0
         self._said: dict[str, Any] = {}
 
@@ -332,7 +332,7 @@ CONTESTANTS: dict[str, tuple[Callable[..., Contestant], dict[str, Any]]] = {
     "torch fp16 compile reduce-overhead": (Torch, {"dtype": "float16", "compile": "reduce-overhead"}),
     "torch fp16 compile graph": (Torch, {"dtype": "float16", "compile": "default", "graph": True}),
     OURS: (Ours, {}),
-    "sdedit fp32 TF32": (Ours, {"use_tf32": "1"}),
+    "sdedit fp32 TF32": (Ours, {"precision": "tf32"}),
     "sdedit fp16": (Ours, {"precision": "fp16"}),
     "sdedit fp16 NHWC": (Ours, {"precision": "fp16", "prefer_nhwc": "1"}),
     "sdedit fp32 TensorRT": (Ours, {"backend": "tensorrt"}),

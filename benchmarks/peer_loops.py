@@ -1,7 +1,8 @@
 """What a user would write, or take, to edit a picture with SDEdit: each function opens one way and returns its edit.
 
-An edit is uint8 (H, W, 3) in, uint8 (H, W, 3) out. All of them run the same network from the same level to the same
-levels: `ancestral` steps for a VP network, Euler-Maruyama for a VE one. Their noise is their own library's.
+An edit is uint8 (H, W, 3) in, uint8 (H, W, 3) out. All of them run the same network from the same level in the same
+number of steps: `ancestral` ones for a VP network, Euler-Maruyama for a VE one, sdedit by the sampler asked for. Their
+noise is their own library's.
 """
 
 import inspect
@@ -105,6 +106,10 @@ def alphas_cumprod(network: Network) -> NDArray[np.float64]:
     return np.array(told, np.float64)
 
 
+def betas_of(network: Network) -> NDArray[np.float64]:
+    return np.asarray(-np.expm1(np.diff(np.log(alphas_cumprod(network)), prepend=0)))
+
+
 def torch_edit(setting: Setting, *, channels_last: bool, compiled: bool, dtype: str, autocast: bool = False) -> Edit:
     """diffusers' network and scheduler in the usual image-to-image loop."""
     import torch
@@ -141,7 +146,7 @@ def diffusers_loop(setting: Setting, predict: Callable[..., Any], guide: Any) ->
     import torch
 
     if setting.network.name == BUNDLED:
-        betas = -np.expm1(np.diff(np.log(alphas_cumprod(setting.network)), prepend=0))
+        betas = betas_of(setting.network)
         scheduler = diffusers.DDPMScheduler(trained_betas=betas, timestep_spacing="trailing", clip_sample=False)
     else:
         scheduler = diffusers.DDPMScheduler.from_pretrained(setting.network.folder / "scheduler")
@@ -177,8 +182,7 @@ def paper_edit(setting: Setting) -> Edit:
 
     net = torch_network(setting.network)
     predict = setting.clock.timed(lambda x, t: net(x, t, return_dict=False)[0])
-    cumulative = alphas_cumprod(setting.network)
-    betas = torch.from_numpy(-np.expm1(np.diff(np.log(cumulative), prepend=0))).float()
+    betas = torch.from_numpy(betas_of(setting.network)).float()
 
     def at(values: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return values[t].reshape(-1, 1, 1, 1)

@@ -315,7 +315,8 @@ def load_kept(path: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
         return asked | {"calls": []}
     kept: dict[str, Any] = json.loads(path.read_text("utf-8"))
     if any(kept.get(key) != value for key, value in asked.items()):
-        raise SystemExit(f"error: {path} holds {kept['network']}, {kept['steps']} steps\nhint: name another file")
+        held = ", ".join(f"{key} {kept.get(key)}" for key in asked)
+        raise SystemExit(f"error: {path} holds {held}\nhint: name another file")
     return kept
 
 
@@ -325,7 +326,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of everybody but the original loop, which has them all")
     parser.add_argument("--t0", type=float, default=0.5)
     parser.add_argument("--sampler", help="of sdedit's edits (default: ancestral, em for a VE network)")
-    parser.add_argument("--spacing", default="uniform", help="of the steps, of all that have so many")
+    parser.add_argument("--spacing", default="uniform", help="of the same steps (diffusers' scheduler has its own)")
     parser.add_argument("--peers", metavar="NAME,NAME", help="only these (default: all but the original loop)")
     parser.add_argument("--list", action="store_true", help="print the peers' names")
     parser.add_argument("--rounds", type=int, default=5)

@@ -210,7 +210,7 @@ def _claims(report: Report) -> Iterator[str]:
         worst = max(t0s[: t0s.index(best) + 1], key=lambda row: row["kid"])
         turning = [row for row in t0s if row in (t0s[0], worst, best, t0s[-1])]
         turns = [f"{_pm(row, 'kid', 3)} at t0 = {row['t0']}" for row in turning]
-        falling = worst is t0s[0] and best is t0s[-1]
+        falling = all(one["kid"] > other["kid"] for one, other in pairwise(t0s))
         yield (
             f"KID {'falls with t0' if falling else 'does **not** fall all along'} (paper: falls): {', '.join(turns)}; "
             f"the guides themselves have {_pm(_guide(report, 6), 'kid', 3)}."

@@ -16,7 +16,7 @@ from sdedit import artifact as artifacts
 from sdedit import image
 from sdedit.backends import Backend, open_backend
 from sdedit.backends.ort import MOST_THREADS
-from sdedit.budget import Budget, StepTimes, checked_max_ms, checked_spent_ms
+from sdedit.budget import CALIBRATION, Budget, StepTimes, checked_max_ms, checked_spent_ms
 from sdedit.checks import whole
 from sdedit.errors import OptionError
 from sdedit.executor import Batch, DeviceExecutor, Executor
@@ -226,7 +226,7 @@ class Editor:
                 made[:] = run(jobs, few, plan(self.sde, **few.schedule()), executor)
 
             if isinstance(executor, DeviceExecutor):
-                calibrate(1)  # chooses kernels and captures: no later step takes as long, so it is not a measure
+                calibrate(CALIBRATION[-1])  # chooses kernels and captures: no measure of a step
             times.calibrate(calibrate, lambda: pictures(jobs, [one.x for one in made]), max_ms)
         return pick()
 

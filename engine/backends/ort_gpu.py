@@ -7,13 +7,13 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import numpy as np
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 WITH_TF32 = (8, 0)  # compute capability
+SHAPES = 4  # whose sessions are kept while no edit uses them
+CAPTURING = RLock()  # ONNX Runtime's capture is spoilt by whatever another thread allocates meanwhile
 GRAPH = "enable_cuda_graph"  # the CUDA provider's option: every node must run on the GPU
 
 
@@ -114,9 +116,9 @@ def precisions(artifact: Artifact) -> tuple[str, ...]:
 
 
 class OrtGpuBackend(OrtBackend):
-    """Sessions of one shape each, on a stream of ours in the device loop, which replay the network as a CUDA graph
-    where ONNX Runtime can; in the host loop, one session with copies at every step, where neither pycuda nor
-    cuda-core's bindings are installed.
+    """Sessions of one shape each in the device loop, which replay the network as a CUDA graph where ONNX Runtime can.
+
+    Where neither pycuda nor cuda-core's bindings are installed: the host loop, one session, copies at every step.
     """
 
     def __init__(
@@ -127,25 +129,23 @@ class OrtGpuBackend(OrtBackend):
         precision: str | None = None,
     ) -> None:
         self._given = dict(provider_options or {})
+        if "use_tf32" in self._given:
+            raise OptionError("use_tf32 is a precision here", hint="--precision tf32, or fp32, which is without it")
         self._tf32 = precision == "tf32"
+        self._graphs = name == "ort-cuda" and GRAPH not in self._given
         self._driver: Driver | None = None
-        self._stream: int | None = None
-        self._lock = Lock()  # the sessions have one stream: one edit at a time
-        self._sessions = WeakSet[Any]()  # those that run on it
-        self._first: Any = None  # opened before any loop was: for the first one of its shape
-        self._closed = False
+        self._first: OrtDeviceNetwork | None = None  # opened before any loop was: for the first one of its shape
+        self._lock = Lock()  # one edit at a time, so that one session a shape is enough
+        self._pool, self._closed = LoopPool(least_kept=SHAPES), False
         try:
             self._driver = open_driver()
         except BackendUnavailable as error:
             log.info("%s: tensors are copied at every step: %s; fix: %s", name, error, error.hint)
         else:
             require_kernels(self._driver, name)
-            with self._driver.current():
-                self._stream = self._driver.make_stream()  # for the life of the sessions
         super().__init__(artifact, name, threads=1)
         self.precision = precision or artifact.precision
         self.provider_options = self._given
-        self._pool = LoopPool()
         if self._driver is not None:
             self.versions = {**self.versions, **self._driver.versions}
 
@@ -156,25 +156,35 @@ class OrtGpuBackend(OrtBackend):
             onnxruntime.set_default_logger_severity(4)
         if self._driver is None:
             return self._open_with({}, {})
-        self._first = self._open_for(self._shape(1, None))  # what is wrong with it shows now
+        with self._driver.current():
+            self._first = self._open_network(self._shape(1, None))  # what is wrong with it shows now
         return None
 
-    def _open_for(self, shape: Shape) -> Any:
-        """A session that takes this shape alone; with a CUDA graph of its own, unless a node of it needs the CPU."""
-        sides = {tensor.name: shape if tensor.name == "x" else shape[:1] for tensor in self._artifact.inputs}
-        fixed = {
-            name: side
-            for tensor in self._artifact.inputs
-            for name, side in zip(tensor.shape or (), sides[tensor.name], strict=False)
-            if isinstance(name, str)
-        }
-        stream = {"user_compute_stream": str(self._stream)}
-        if self.name == "ort-cuda" and GRAPH not in self._given:
+    def _open_network(self, shape: Shape) -> "OrtDeviceNetwork":
+        """A session that takes this shape alone, with a CUDA graph of its own, unless a node of it needs the CPU."""
+        with CAPTURING, ExitStack() as on_failure:
+            stream = self.driver.make_stream()
+            on_failure.callback(self.driver.free_stream, stream)
+            session, replays = self._open_for(shape, {"user_compute_stream": str(stream)})
+            network = OrtDeviceNetwork(self.driver, session, stream, shape, self._artifact.extra_inputs, replays)
+            on_failure.pop_all()
+        return network
+
+    def _open_for(self, shape: Shape, stream: Mapping[str, str]) -> tuple[Any, bool]:
+        """The session, and whether it has a graph."""
+        fixed: dict[str, int] = {}
+        for tensor in self._artifact.inputs:
+            sides = shape if tensor.name == "x" else shape[:1]
+            fixed |= {
+                name: side for name, side in zip(tensor.shape or (), sides, strict=False) if isinstance(name, str)
+            }
+        if self._graphs:
             try:
-                return self._open_with(stream | {GRAPH: "1"}, fixed)
+                return self._open_with({**stream, GRAPH: "1"}, fixed), True
             except BackendUnavailable as error:
                 log.info("%s: the network runs node by node: %s", self.name, error)
-        return self._open_with(stream, fixed)
+                self._graphs = False
+        return self._open_with(stream, fixed), self._given.get(GRAPH) == "1"
 
     def _open_with(self, options: Mapping[str, str], fixed: Mapping[str, int]) -> Any:
         """A session with these options of the CUDA provider, whose dimensions of these names are fixed."""
@@ -201,8 +211,6 @@ class OrtGpuBackend(OrtBackend):
                 f"{self.name}: ONNX Runtime does not bring up {self.provider}",
                 hint="pip install 'sdedit-engine[cuda]'; with SDEDIT_DEBUG=1 it logs why",
             )
-        if self._driver is not None:
-            self._sessions.add(session)
         return session
 
     def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
@@ -251,79 +259,94 @@ class OrtGpuBackend(OrtBackend):
         return self._driver
 
     def close(self) -> None:
-        self._closed = True
         if self._driver is None:
+            self._closed = True
             super().close()
             return
-        with self._driver.current():
+        with self._driver.current(), self._lock:
+            self._closed = True
             self._pool.close()
-            self._first = None
-            if self._stream is not None and not self._sessions:  # what is bound still runs on it
-                self._driver.free_stream(self._stream)
-                self._stream = None
+            first, self._first = self._first, None
+            if first is not None:
+                first.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_pool"):
+        if hasattr(self, "_driver"):
             with suppress(SdeditError):
                 self.close()
 
     def _network(self, shape: Shape) -> DeviceNetwork:
         require_open(self._closed)
-        assert self._stream is not None
-        session, self._first = self._first, None
-        if session is None or shape != self._shape(1, None):
-            try:
-                session = self._open_for(shape)
-            except BackendUnavailable as error:  # the first one was there: most likely the memory is full
-                raise DeviceError(str(error), hint="a smaller --batch, or free the GPU's memory") from error
-        return OrtDeviceNetwork(self.driver, session, shape, self._artifact.extra_inputs, self._stream)
+        first, self._first = self._first, None
+        if first is not None:
+            if first.shape == shape:
+                return first
+            first.close()
+        try:
+            return self._open_network(shape)
+        except BackendUnavailable as error:  # one was opened before: most likely the memory is full
+            raise DeviceError(str(error), hint="a smaller --batch, or free the GPU's memory") from error
 
     def _make_loop(self, shape: Shape) -> DeviceLoop:
-        return DeviceLoop(self.driver, self._network(shape), shape)
+        network = self._network(shape)
+        with CAPTURING:
+            return DeviceLoop(self.driver, network, shape)
 
 
 class OrtDeviceNetwork:
-    """A session of one shape, bound to tensors on the GPU, on the stream it was made with. See DeviceNetwork.
+    """A session of one shape on a stream of its own, bound to tensors on the GPU. See DeviceNetwork.
 
-    ONNX Runtime makes its CUDA graph in the first run and replays it from then on, with one launch a call. It cannot
-    be captured from outside: what it does on the host would not be replayed (tried on an H200: wrong pictures).
+    ONNX Runtime makes its CUDA graph in the first run, which is here when the tensors are bound, and replays it with
+    one launch a call. It keeps graphs and library handles for every thread that calls it, so one thread of the
+    network's own does. It cannot be captured from outside: what it does on the host would not be replayed (tried on an
+    H200: wrong pictures).
     """
 
     capturable = False
 
     def __init__(
-        self, driver: Driver, session: Any, shape: Shape, extra: Mapping[str, ExtraInput], stream: int
+        self, driver: Driver, session: Any, stream: int, shape: Shape, extra: Mapping[str, ExtraInput], replays: bool
     ) -> None:
         import onnxruntime
 
         self.stream: int | None = stream
-        self._session, self._shape = session, shape
-        options = session.get_provider_options().get("CUDAExecutionProvider", {})
-        self.replays = options.get(GRAPH) == "1"
-        self._binding = session.io_binding()
+        self.shape, self.replays = shape, replays
+        self._driver, self._session, self._binding = driver, session, session.io_binding()
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._conditions = Conditions(driver, shape[0], extra)
-        for name, (address, kind) in self._conditions.tensors.items():
-            self._binding.bind_input(name, "cuda", 0, np.dtype(kind).type, shape[:1], address)
+        with ExitStack() as on_failure:
+            on_failure.callback(self._conditions.close)
+            for name, (address, kind) in self._conditions.tensors.items():
+                self._binding.bind_input(name, "cuda", 0, np.dtype(kind).type, shape[:1], address)
+            on_failure.pop_all()
+        self._thread = ThreadPoolExecutor(1, "sdedit-ort")
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
-        self._binding.bind_input("x", "cuda", 0, np.float32, self._shape, x)
-        self._binding.bind_input("sigma", "cuda", 0, np.float32, self._shape[:1], sigma)
-        self._binding.bind_output("denoised", "cuda", 0, np.float32, self._shape, denoised)
+        self._binding.bind_input("x", "cuda", 0, np.float32, self.shape, x)
+        self._binding.bind_input("sigma", "cuda", 0, np.float32, self.shape[:1], sigma)
+        self._binding.bind_output("denoised", "cuda", 0, np.float32, self.shape, denoised)
+        if self.replays:
+            with CAPTURING:
+                self._run("a network that cannot be a CUDA graph wants --ep-option enable_cuda_graph=0")
 
     def set_conditions(self, values: Mapping[str, float], stream: int) -> None:
         self._conditions.set(values, stream)
 
     def enqueue(self, stream: int) -> None:
         assert stream == self.stream
-        try:
-            self._session.run_with_iobinding(self._binding, self._options)
-        except Exception as error:  # onnxruntime raises its own kinds
-            raise NetworkError(
-                f"ONNX Runtime failed: {str(error).splitlines()[0]}", hint="check the model with 'sdedit inspect'"
-            ) from error
+        self._run("check the model with 'sdedit inspect'")
 
     def close(self) -> None:
+        self._thread.shutdown()
         self._binding = self._session = None
         self._conditions.close()
+        if self.stream is not None:
+            self._driver.free_stream(self.stream)
+            self.stream = None
+
+    def _run(self, hint: str) -> None:
+        try:
+            self._thread.submit(self._session.run_with_iobinding, self._binding, self._options).result()
+        except Exception as error:  # onnxruntime raises its own kinds
+            raise NetworkError(f"ONNX Runtime failed: {str(error).splitlines()[0]}", hint=hint) from error

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -223,8 +223,11 @@ class TensorRtNetwork:
                     hint="'sdedit inspect MODEL.plan' shows its profile; 'sdedit build --batch' makes another",
                 )
         self._conditions = Conditions(driver, shape[0], extra)
-        for name, (address, _) in self._conditions.tensors.items():
-            self._set_address(name, address)
+        with ExitStack() as on_failure:
+            on_failure.callback(self._conditions.close)
+            for name, (address, _) in self._conditions.tensors.items():
+                self._set_address(name, address)
+            on_failure.pop_all()
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
         for name, address in (("x", x), ("sigma", sigma), ("denoised", denoised)):

@@ -8,13 +8,14 @@ from sdedit.cuda.device_loop import DeviceLoop
 from sdedit.errors import Cancelled, DeviceError, NetworkError
 
 Shape = tuple[int, int, int, int]
-LEAST_KEPT = 2  # idle loops; or as many as were busy at one time
+LEAST_KEPT = 2  # idle loops, unless told otherwise; or as many as were busy at one time
 
 
 class LoopPool:
     """Lends loops, each to one edit at a time. Thread-safe; every method wants the context current."""
 
-    def __init__(self) -> None:
+    def __init__(self, least_kept: int = LEAST_KEPT) -> None:
+        self._least_kept = least_kept
         self._lock = Lock()
         self._idle: list[DeviceLoop] = []  # the longest unused first
         self._busy = self._most_busy = 0
@@ -72,7 +73,7 @@ class LoopPool:
             return
         with self._lock:
             self._idle.append(loop)
-            most = max(LEAST_KEPT, self._most_busy)
+            most = max(self._least_kept, self._most_busy)
             surplus, self._idle = self._idle[:-most], self._idle[-most:]
         for one in surplus:
             with suppress(DeviceError):

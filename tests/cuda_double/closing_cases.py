@@ -20,28 +20,24 @@ open_driver()  # its primary context is the process's, for good
 MADE = {"cuMemAlloc", "cuMemHostAlloc", "cuStreamCreate", "cuStreamBeginCapture", "cuGraphInstantiate"}
 
 
-class Session:
-    """What the backend of ONNX Runtime's providers does with a session but run it."""
-
-    def get_providers(self):
-        return ["CUDAExecutionProvider"]
-
-
 @pytest.fixture
 def ort_cuda(monkeypatch, tmp_path):
-    """An editor of that backend: its session is made up, its network the linear kernel on the session's stream."""
+    """An editor of that backend: its networks are the linear kernel, each on a stream of its own."""
     path, _ = gaussian(tmp_path / "model.onnx", SDES["vp"], np.zeros(SHAPE), std=0.5)
 
-    class OnTheSessionsStream(LinearNetwork):
+    class OnAStreamOfItsOwn(LinearNetwork):
         capturable = False
 
         def __init__(self, backend, shape):
             super().__init__(backend.driver, shape)
-            self.stream = backend._stream
+            self.shape, self.stream = shape, backend.driver.make_stream()
+
+        def close(self):
+            super().close()
+            self.driver.free_stream(self.stream)
 
     monkeypatch.setattr("sdedit.backends.probe", lambda name: None)
-    monkeypatch.setattr(ort_gpu.OrtGpuBackend, "_session_with", lambda self, providers, change: Session())
-    monkeypatch.setattr(ort_gpu.OrtGpuBackend, "_network", lambda self, shape: OnTheSessionsStream(self, shape))
+    monkeypatch.setattr(ort_gpu.OrtGpuBackend, "_open_network", lambda self, shape: OnAStreamOfItsOwn(self, shape))
     gc.collect()
     before = double.live_objects
     editor = sdedit.load(path, backend="ort-cuda")
@@ -133,14 +129,6 @@ def test_tensors_that_were_made_outlive_the_editor(tensorrt):
     del result
     gc.collect()
     assert double.live_objects == before
-
-
-def test_a_stream_that_something_bound_still_runs_on_is_left(ort_cuda):
-    editor, before = ort_cuda
-    kept = editor.backend._first  # as a denoiser of `bind` has it
-    editor.close()
-    assert double.live_objects["streams"] == before["streams"] + 1
-    del kept
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -5,7 +5,9 @@ Run by tests/test_device_loop.py in a process of its own, once for each port tha
 
 import gc
 import sys
+import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +18,8 @@ from onnx import TensorProto, helper
 import sdedit
 from cuda_double.linear import LinearNetwork, double, linear
 from cuda_double.tensorrt_backend_cases import PICTURE, SHAPE
-from sdedit.backends import ort_gpu
+from sdedit import artifact
+from sdedit.backends import open_backend, ort_gpu
 from sdedit.cuda.driver import open_driver
 from sdedit.executor import Batch, HostExecutor
 
@@ -29,15 +32,16 @@ class Session:
     first_run_s = 0.0
 
     def __init__(self, options, settings):
-        self.options, self.fixed, self.runs = options, settings, []
+        self.options, self.fixed, self.runs, self.threads = options, settings, [], set()
         with driver.current():
             self._network = LinearNetwork(driver, (settings["B"], *SHAPE))
 
+    def __del__(self):
+        with driver.current():
+            self._network.close()
+
     def get_providers(self):
         return ["CUDAExecutionProvider"]
-
-    def get_provider_options(self):
-        return {"CUDAExecutionProvider": self.options}
 
     def io_binding(self):
         def bind(name, device, number, kind, shape, address):
@@ -51,9 +55,11 @@ class Session:
         assert options.entries == {"disable_synchronize_execution_providers": "1"}
         if not self.runs:
             time.sleep(self.first_run_s)
+        self.threads.add(threading.get_ident())
         self.runs.append(dict(binding.bound))
         self._network.bind(*(binding.bound[name][2] for name in ("x", "sigma", "denoised")))
-        self._network.enqueue(int(self.options["user_compute_stream"]))
+        with driver.current():  # ONNX Runtime sets its device in every run
+            self._network.enqueue(int(self.options["user_compute_stream"]))
 
 
 class RunOptions:
@@ -67,9 +73,10 @@ class RunOptions:
 @pytest.fixture
 def runtime(monkeypatch, tmp_path):
     """Opens a model with an input `scale` in this ONNX Runtime. `sessions`: opened since; `refuses`: CUDA graphs."""
-    made = SimpleNamespace(sessions=[], refuses=False)
+    made = SimpleNamespace(sessions=[], refuses=False, on_open=lambda: None)
 
     def session_with(self, providers, change):
+        made.on_open()
         settings = {}
         change(SimpleNamespace(add_free_dimension_override_by_name=settings.__setitem__))
         options = providers[0][1]
@@ -90,6 +97,7 @@ def runtime(monkeypatch, tmp_path):
     extra = {"inputs": {"scale": {"dtype": "float32"}}}
     save(path, [helper.make_node("Identity", ["x"], ["denoised"])], {}, metadata(SHAPE, SDES["vp"], **extra),
          inputs=inputs, shape=SHAPE)  # fmt: skip
+    made.path = path
     made.load = lambda **options: sdedit.load(path, backend="ort-cuda", **options)
     return made
 
@@ -110,12 +118,50 @@ def test_every_shape_has_a_session_of_its_own_and_batch_1_the_first(runtime):
         assert [session.fixed for session in runtime.sessions] == [{"B": 1}, {"B": 2}]
 
 
-def test_of_another_shape_first_the_one_opened_first_is_let_go(runtime):
+def test_of_another_shape_first_the_one_opened_first_is_let_go_before_its_session_opens(runtime):
     with runtime.load() as editor:
+        first = weakref.ref(runtime.sessions.pop())  # the backend has the last reference
+        runtime.on_open = lambda: gone.append(first() is None)
+        gone = []
         editor.edit(PICTURE, conditions={"scale": 1}, steps=2, samples=2, batch=2)
-        runtime.sessions.clear()  # the backend's are the last references
-        gc.collect()
-        assert [session.fixed for session in editor.backend._sessions] == [{"B": 2}]
+        assert gone == [True]
+
+
+def test_the_sessions_of_a_few_shapes_are_kept(runtime):
+    with runtime.load() as editor:
+        for batch in (1, 2, 3, 1, 2, 3):
+            editor.edit(PICTURE, conditions={"scale": 1}, steps=2, batch=batch)
+        assert len(runtime.sessions) == 3
+
+
+def test_a_session_is_run_by_one_thread_whoever_edits(runtime):
+    with runtime.load() as editor:
+        for _ in range(3):
+            thread = threading.Thread(
+                target=editor.edit, args=(PICTURE,), kwargs={"conditions": {"scale": 1}, "steps": 2}
+            )
+            thread.start()
+            thread.join()
+        (session,) = runtime.sessions
+        assert len(session.threads) == 1
+        assert threading.get_ident() not in session.threads
+
+
+def test_two_editors_at_once_make_what_each_makes_alone(runtime):
+    with runtime.load() as one, runtime.load() as other:
+        wanted = one.edit(PICTURE, conditions={"scale": 1}, seed=3, steps=5).x
+        found = []
+
+        def work(editor, batch):
+            found.append(editor.edit(PICTURE, conditions={"scale": 1}, seed=3, steps=5, batch=batch).x)
+
+        threads = [threading.Thread(target=work, args=(editor, batch)) for editor in (one, other) for batch in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 4
+    assert all(np.array_equal(x, wanted) for x in found)
 
 
 def test_it_replays_its_own_graph_unless_onnx_runtime_refuses_one(runtime):
@@ -155,7 +201,6 @@ def test_further_inputs_lie_on_the_gpu_where_they_stay(runtime):
 
 def test_a_denoiser_is_the_network_alone_and_outlives_the_editor(runtime):
     gc.collect()
-    before = double.live_objects
     editor = runtime.load()
     denoise = editor.backend.bind(2, {"scale": 1})
     editor.close()
@@ -163,7 +208,27 @@ def test_a_denoiser_is_the_network_alone_and_outlives_the_editor(runtime):
     np.testing.assert_array_equal(denoise(x, sigma), linear(x, sigma))
     with pytest.raises(sdedit.ClosedError):
         editor.backend.bind(2, {"scale": 1})
-    assert double.live_objects != before
+
+
+def test_a_denoiser_frees_all_it_has_also_when_nobody_closed_its_backend(runtime):
+    gc.collect()
+    before = double.live_objects
+    denoise = open_backend("ort-cuda", artifact.read(runtime.path), None).bind(2, {"scale": 1})
+    assert double.live_objects["streams"] == before["streams"] + 1
+    del denoise
+    runtime.sessions.clear()
+    gc.collect()
+    assert double.live_objects == before
+
+
+def test_what_cannot_be_captured_names_the_option_that_leaves_it_out(runtime, monkeypatch):
+    def fail(self, binding, options):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Session, "run_with_iobinding", fail)
+    with runtime.load() as editor, pytest.raises(sdedit.NetworkError, match="not permitted") as caught:
+        editor.edit(PICTURE, conditions={"scale": 1}, steps=2)
+    assert "--ep-option enable_cuda_graph=0" in caught.value.hint
 
 
 def test_a_shape_that_does_not_open_any_more_is_the_memorys_fault(runtime):
@@ -180,6 +245,8 @@ def test_in_tf32_where_it_is_asked_for_and_the_gpu_has_it(runtime, monkeypatch):
         assert runtime.sessions[-1].options["use_tf32"] == "1"
     with runtime.load() as editor:
         assert (editor.backend.precision, runtime.sessions[-1].options["use_tf32"]) == ("fp32", "0")
+    with pytest.raises(sdedit.OptionError, match="use_tf32 is a precision here"):
+        runtime.load(provider_options={"use_tf32": "1"})
     monkeypatch.setattr(ort_gpu, "WITH_TF32", (99, 0))
     with pytest.raises(sdedit.BackendUnavailable, match="runs it in fp32 alone"):
         runtime.load(precision="tf32")
