@@ -153,7 +153,7 @@ def show(study: dict[str, Any], cache: Cache, guides: Guides, path: Path) -> Non
     }
     for row in closest(study["settings"], SHOWN_STEPS):
         setting = Setting(**{name: row[name] for name in asdict(REFERENCE)})
-        columns[f"{setting.sampler} {setting.steps}"] = results(cache, setting, guides)
+        columns[f"{setting.sampler}\n{setting.spacing}, {setting.steps}"] = results(cache, setting, guides)
     sheet(columns, path)
 
 

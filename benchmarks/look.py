@@ -76,14 +76,14 @@ def save(drawn: "Figure", path: Path) -> None:
 
 
 def sheet(rows: list[list[NDArray[np.uint8]]], columns: list[str], *, tile: int = 128, gap: int = 4) -> Image.Image:
-    """Pictures in a grid under their columns' names; small ones enlarged without smoothing. RGB."""
+    """Pictures in a grid under their columns' names, of one line or two; small ones enlarged without smoothing. RGB."""
     font = ImageFont.load_default(size=tile // 8)
-    head = tile // 4
+    head = tile // 4 * (1 + any("\n" in name for name in columns))
     width, height = len(columns) * (tile + gap) + gap, len(rows) * (tile + gap) + head
     made = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(made)
     for x, name in enumerate(columns):
-        draw.text((gap + x * (tile + gap) + tile / 2, head / 2), name, INK, font=font, anchor="mm")
+        draw.text((gap + x * (tile + gap) + tile / 2, head / 2), name, INK, font=font, anchor="mm", align="center")
         for y, row in enumerate(rows):
             one = Image.fromarray(row[x]).resize((tile, tile), Image.Resampling.NEAREST)
             made.paste(one, (gap + x * (tile + gap), head + y * (tile + gap)))

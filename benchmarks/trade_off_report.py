@@ -41,7 +41,7 @@ def show(photos: Pictures, painted: Pictures, made: Mapping[float, Pictures], fo
 def show_samples(pictures: Pictures, folder: Path) -> None:
     """trade_off_samples.png: results at t0 = 1, where nothing of the guide is left."""
     rows = [list(pictures[at : at + SHOWN_SAMPLES]) for at in range(0, 4 * SHOWN_SAMPLES, SHOWN_SAMPLES)]
-    columns = ["t0 = 1", *[""] * (SHOWN_SAMPLES - 1)]
+    columns = ["t0 = 1"] * SHOWN_SAMPLES
     look.sheet(rows, columns).save(folder / "trade_off_samples.png")
 
 

@@ -25,7 +25,17 @@ import numpy as np
 import sdedit
 from sdedit import cpu, verify
 from sdedit.artifact import Artifact
-from sdedit.backends import AUTO_ORDER, BACKENDS, CPU, Backend, open_backend, precisions, probe, require_known
+from sdedit.backends import (
+    AUTO_ORDER,
+    BACKENDS,
+    CPU,
+    TF32_HINT,
+    Backend,
+    open_backend,
+    precisions,
+    probe,
+    require_known,
+)
 from sdedit.backends.ort import usable_cores
 from sdedit.cache_folder import cache_folder
 from sdedit.companions import companions
@@ -84,7 +94,9 @@ def open_fastest(
                 require_known(precision)
             raise BackendUnavailable(
                 f"nothing here runs {artifact.name} in {precision}",
-                hint=f"lay an export with --precision {precision} beside it, or leave --precision out",
+                hint=TF32_HINT
+                if precision == "tf32"
+                else f"lay an export with --precision {precision} beside it, or leave --precision out",
             )
         if not any(trial.passed for trial in trials):
             raise BackendUnavailable(

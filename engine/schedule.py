@@ -125,7 +125,7 @@ def checked_t0(t0: object, name: str = "t0") -> float:
 
 def checked_steps(steps: object, name: str = "steps") -> int:
     """`steps` as an int, at least 1. Raises OptionError."""
-    return whole(name, steps, 1, MOST_STEPS, hint="50 is a good start")
+    return whole(name, steps, 1, MOST_STEPS, hint="20 is a good start")
 
 
 def checked_spacing(spacing: object) -> str:

@@ -31,6 +31,7 @@ EDITS = 8
 TOLERANCE = 0.02
 FAR = 20  # times the wanted value or a part of it: what is further away counts as this far
 BATCH = 8  # pictures in a network call where the caller does not say
+LEAST_FOR_KID = 3
 SHOWN = 8  # guides whose results are kept as pictures, however many are measured
 
 Measure = Callable[[Pixels], NDArray[Any]]  # (N, H, W, 3) uint8 -> features (N, F)
@@ -74,7 +75,13 @@ class Tuner:
         return [_seen(job) for job in self._jobs[:: self.options.samples][:SHOWN]]
 
     def compare_with(self, features: Measure, real_pictures: NDArray[Any]) -> None:
-        """From now on trials have a KID: to real pictures, given as their features (N, F)."""
+        """From now on trials have a KID: to real pictures, given as their features (N, F). Raises OptionError."""
+        if min(len(self._jobs), len(real_pictures)) < LEAST_FOR_KID:
+            raise OptionError(
+                f"KID needs {LEAST_FOR_KID} results and {LEAST_FOR_KID} real pictures; there are {len(self._jobs)} and "
+                f"{len(real_pictures)}",
+                hint="more guides, more samples (-n) or more real pictures; a hundred of each say something",
+            )
         self._features, self._real = features, real_pictures
 
     def at(self, t0s: Sequence[float], on_batch: Callable[[int, int], None] | None = None) -> list[Trial]:

@@ -190,7 +190,7 @@ def test_ratios_are_of_one_round_and_the_others_are_left_out(peers):
     assert program.ratio(rounds, "sdedit", "sdedit") == "1"
     assert program.ratio(rounds, "onnxruntime", "sdedit") == "-"
     last = program.edit_table(rounds, 2, 500)[-1]
-    assert last == "| sdedit | 2 | 20 | 10.0 | 1000 | 1 | 2.50 (2.00–3.00) | 3 |"
+    assert last == "| sdedit | 2 | 20 | 10.0 | 1000 | 1 | 2.50 (2.00–3.00) | - | 3 |"
 
 
 def test_a_turn_that_something_else_disturbed_does_not_count(peers):

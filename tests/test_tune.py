@@ -187,6 +187,12 @@ def folder(tmp_path, picture):
     return tmp_path / "guides"
 
 
+def test_too_few_results_for_kid_are_refused_before_any_edit(model, guide):
+    few = "KID needs 3 results and 3 real pictures; there are 2 and 40"
+    with sdedit.open_tuner(model, guide, samples=2) as tuner, pytest.raises(sdedit.OptionError, match=few):
+        tuner.compare_with(means, np.zeros((40, 3)))
+
+
 def test_the_sheet_holds_the_guide_and_every_edit(tune, guide, model, capsys):
     assert tune("guide.png", "-o", "sheet.png", "--t0", "0.3,0.6", "-n", "2", "--seed", "4") == 0
     sheet, scale = np.asarray(Image.open("sheet.png")), 11  # 12 pixels become 132

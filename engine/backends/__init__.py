@@ -17,6 +17,7 @@ ORT = ("ort-cpu", "ort-cuda", "ort-tensorrt")
 TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the library's module
 BACKENDS = (*ORT, "openvino", *TENSORRT)
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
+TF32_HINT = "leave --precision out; tf32 is for fp32 models with --backend ort-cuda, on an NVIDIA GPU from Ampere on"
 USUAL_BATCH = 8  # within two percent of the fastest for small networks, and no burden for large ones
 CPU = ("ort-cpu", "openvino")
 GPU = ("tensorrt", "tensorrt-rtx", "ort-cuda")  # of those, best first
@@ -126,11 +127,14 @@ def _open(
     if precision is not None and precision not in (can := precisions(name, model)):
         require_known(precision)
         own = model if isinstance(model, Artifact) else model.artifact
+        hint = (
+            "name a model of that precision with -m, or leave --precision out; --backend openvino runs fp32 models in "
+        )
+        hint += "bf16 on a CPU that has it"
         raise BackendUnavailable(
             f"precision {precision} was asked for; {own.name} is {own.precision}, and {name} runs it in "
             f"{' or '.join(can)} alone",
-            hint="name a model of that precision with -m, or leave --precision out; fp32 models run in bf16 with "
-            "--backend openvino on a CPU that has it, in tf32 with --backend ort-cuda",
+            hint=TF32_HINT if precision == "tf32" else hint,
         )
     if name in TENSORRT:
         from sdedit.backends.tensorrt import TensorRtBackend

@@ -26,7 +26,7 @@ class Case:
     steps: int | None = axis(None, int, "denoising steps (default: the model's, else 50)")
     sampler: str | None = axis(None, str, "samplers (default: the model's, else ancestral)")
     t0: float | None = axis(None, float, "start times (default: the model's, else 0.5)")
-    spacing: str | None = axis(None, str, "spacings of the steps (default: the model's, else uniform)")
+    spacing: str | None = axis(None, str, "spacings of the steps (default: as for edit)")
     eta: float | None = axis(None, float, "fresh noise of ddim and dpmpp-2m-sde")
     repeats: int = axis(1, int, "passes, each from the last one's result (default 1)")
     conditions: tuple[tuple[str, float], ...] = ()  # values of the model's further inputs

@@ -47,7 +47,7 @@ def read_options(fields: Iterable[tuple[str, str]], editor: Editor, batch: int, 
         raise Refusal(
             400,
             f"{options.steps} steps, {options.repeats} times: {evaluations}; this service allows {limits.max_steps}",
-            hint="50 steps are a good start",
+            hint="20 steps are a good start",
         )
     return options
 
