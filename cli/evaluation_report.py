@@ -68,7 +68,8 @@ def as_html(report: Report, inputs: "Inputs") -> str:
         f"<h2>Pictures</h2>\n<p class=soft>The first {shown} of {len(inputs.guides)} by name.</p>\n"
         f"<div class=wide>{_table(['', *folders], pictures)}</div>"
     )
-    return page(title, body, style="td img { margin: .1rem 0 auto auto } ul { padding-left: 1.2rem }")
+    style = "td:has(img) { padding: .3rem } td img { margin: 0 0 0 auto } ul { padding-left: 1.2rem }"
+    return page(title, body, style=style)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
