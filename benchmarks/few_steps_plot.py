@@ -5,10 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import look
-import matplotlib
-
-matplotlib.use("agg")
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 from samples import Pictures
@@ -17,7 +13,7 @@ import sdedit
 
 Row = dict[str, Any]
 
-COLORS = dict(zip(sdedit.SAMPLERS, ("0.55", "tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
+COLORS = dict(zip(sdedit.SAMPLERS, (look.RED, look.BLUE, look.ORANGE, look.GREEN, look.PURPLE), strict=True))
 TITLES = {"uniform": "uniform in t", "log-sigma": "uniform in log σ", "karras": "Karras (ρ = 7)"}
 SHOWN_GUIDES = 8
 MEASURES = {
@@ -32,9 +28,9 @@ def draw(study: dict[str, Any], path: Path) -> None:
     rows: list[Row] = study["settings"]
     reference = next(row for row in rows if (row["steps"], row["run"]) == (500, "a"))
     again = next((row for row in rows if (row["steps"], row["run"]) == (500, "b")), reference)
-    figure, axes = pyplot.subplots(len(MEASURES), len(TITLES), figsize=(9, 8.4), sharex=True, sharey="row")
+    figure, axes = look.figure(8.4, nrows=len(MEASURES), ncols=len(TITLES), sharex=True, sharey="row")
     for panel, spacing in zip(axes[0], TITLES, strict=True):
-        panel.set_title(TITLES[spacing], fontsize=10)
+        panel.set_title(TITLES[spacing])
     for line, (measure, (label, scale)) in zip(axes, MEASURES.items(), strict=True):
         level = again if measure == "to_em500" else reference
         for panel, spacing in zip(line, TITLES, strict=True):
@@ -54,11 +50,9 @@ def draw(study: dict[str, Any], path: Path) -> None:
         panel.set_xticks(steps, [str(n) for n in steps])
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xlabel("network evaluations")
-    figure.legend(*_legend(axes), loc="upper center", ncol=6, fontsize=9, frameon=False, bbox_to_anchor=(0.5, 0.955))
-    figure.suptitle(title(study), fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    figure.legend(*_legend(axes), loc="outside upper center", ncol=6)
+    figure.supxlabel(title(study), fontsize=9)
+    look.save(figure, path)
 
 
 def closest(rows: list[Row], steps: Sequence[int]) -> list[Row]:
@@ -81,15 +75,14 @@ def _panel(panel: Axes, rows: list[Row], measure: str, scale: float) -> None:
         values = [scale * row[measure]["value"] for row in ours]
         errors = [scale * row[measure]["standard_error"] for row in ours]
         steps = [row["steps"] for row in ours]
-        panel.errorbar(steps, values, errors, color=color, marker="o", markersize=3, linewidth=1.2, label=sampler)
-    panel.grid(alpha=0.3)
+        panel.errorbar(steps, values, errors, color=color, marker="o", markersize=3.5, linewidth=1.4, label=sampler)
 
 
 def _level(panel: Axes, figures: dict[str, float], scale: float) -> None:
     """The reference: a line, and a band of two standard errors."""
     value, error = scale * figures["value"], scale * figures["standard_error"]
-    panel.axhline(value, color="black", linestyle="--", linewidth=1, label="em, 500 steps (±2 s.e.)")
-    panel.axhspan(value - 2 * error, value + 2 * error, color="black", alpha=0.08, linewidth=0)
+    panel.axhline(value, color=look.INK, linestyle="--", linewidth=1, label="em, 500 steps (±2 s.e.)")
+    panel.axhspan(value - 2 * error, value + 2 * error, color=look.INK, alpha=0.08, linewidth=0)
 
 
 def _legend(axes: Any) -> tuple[list[Any], list[str]]:
@@ -105,4 +98,4 @@ def title(study: dict[str, Any]) -> str:
     """Says how much of the study there is."""
     name, guides = study["conditions"]["model"]["name"], study["conditions"]["guides"]
     made = "" if study["done"] == study["of"] else f"; {study['done']} of {study['of']} settings"
-    return f"{name}, t0 0.5, {guides} stroke guides{made}"
+    return f"{name}, t0 0.5, {guides} stroke guides{made}; bars: ± standard error"

@@ -157,7 +157,7 @@ def test_the_plot_is_drawn_from_what_is_there(tmp_path: Path) -> None:
     study = json.loads(json.dumps({"conditions": conditions, "done": 4, "of": 107, "settings": rows}))
     draw(study, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert title(study) == "eurosat-64, t0 0.5, 1000 stroke guides; 4 of 107 settings"
+    assert title(study) == "eurosat-64, t0 0.5, 1000 stroke guides; 4 of 107 settings; bars: ± standard error"
 
 
 def test_a_number_of_guides_that_fills_no_chunk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
