@@ -298,8 +298,8 @@ class OrtDeviceNetwork:
 
     ONNX Runtime makes its CUDA graph in the first run, which is here when the tensors are bound, and replays it with
     one launch a call. It keeps graphs and library handles for every thread that calls it, so one thread of the
-    network's own does. It cannot be captured from outside: what it does on the host would not be replayed (tried on an
-    H200: wrong pictures).
+    network's own does. Captured from outside, its edits were no faster (on an H100), and wrong without that option (on
+    an H200): what it does on the host is not replayed.
     """
 
     capturable = False
