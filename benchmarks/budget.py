@@ -24,6 +24,7 @@ import sdedit
 
 EDITOR_BUDGETS_MS = (60, 150, 300)
 COMMAND_BUDGETS_MS = (500, 800)
+STEPS = 50  # wanted: more than fit into any of these budgets
 
 
 def in_process(runs: int) -> dict[int, list[tuple[float, int]]]:
@@ -35,7 +36,7 @@ def in_process(runs: int) -> dict[int, list[tuple[float, int]]]:
         for budget in EDITOR_BUDGETS_MS:
             began = time.perf_counter()
             try:
-                steps = editor.edit(guide, max_ms=budget, seed=seed).options.steps
+                steps = editor.edit(guide, steps=STEPS, max_ms=budget, seed=seed).options.steps
             except sdedit.OptionError:  # not even one step was thought possible
                 steps = 0
             taken[budget].append((1e3 * (time.perf_counter() - began) if steps else float("inf"), steps))
@@ -47,7 +48,7 @@ def whole_processes(runs: int) -> dict[int, list[tuple[float, int]]]:
     taken: dict[int, list[tuple[float, int]]] = {budget: [] for budget in COMMAND_BUDGETS_MS}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out.png"
-        words = ["edit", str(cold_start.GUIDE), "-o", str(output), "--json", "--max-ms"]
+        words = ["edit", str(cold_start.GUIDE), "-o", str(output), "--json", "--steps", str(STEPS), "--max-ms"]
         command = [sys.executable, "-c", "import sys; from sdedit.cli.main import main; sys.exit(main())", *words]
         for run in range(-1, runs):
             for budget in COMMAND_BUDGETS_MS:
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--command-runs", type=int, default=50)
     parser.add_argument("-o", "--output", type=Path, help="write the JSON here too")
     arguments = parser.parse_args()
-    conditions = cold_start.conditions(arguments.runs, steps=50) | {"command_runs": arguments.command_runs}
+    conditions = cold_start.conditions(arguments.runs, steps=STEPS) | {"command_runs": arguments.command_runs}
     results = {
         "conditions": conditions,
         "editor": rows(in_process(arguments.runs)),
