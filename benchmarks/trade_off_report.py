@@ -70,7 +70,7 @@ def _against_colors(axes: "Axes", report: Report) -> None:
 
 
 def _against_repeats(axes: "Axes", report: Report) -> None:
-    _two_scales(axes, report.get("repeats", []), "repeats")
+    _two_scales(axes, report.get("repeats", []), "repeats", apart=0.05)
     axes.set(title="Passes", xlabel="K", xticks=[1, 2, 3], xlim=(0.8, 3.2))
 
 
@@ -85,11 +85,13 @@ def _against_steps(axes: "Axes", report: Report) -> None:
     look.colored(axes, "KID", look.INK)
 
 
-def _two_scales(axes: "Axes", rows: Rows, x: str) -> None:
+def _two_scales(axes: "Axes", rows: Rows, x: str, apart: float = 0.0) -> None:
+    """apart: how far the two curves stand to the sides of their x, so that neither hides the other."""
     right = look.second_scale(axes, "L2 to the guide", look.FAITHFULNESS)
     look.colored(axes, "KID", look.REALISM)
-    _curve(axes, rows, x, "kid", look.REALISM, "o")
-    _curve(right, rows, x, "l2", look.FAITHFULNESS, "s")
+    left, beside = ([row | {x: row[x] + at} for row in rows] for at in (-apart, apart))
+    _curve(axes, left, x, "kid", look.REALISM, "o")
+    _curve(right, beside, x, "l2", look.FAITHFULNESS, "s")
 
 
 def _curve(axes: "Axes", rows: Rows, x: str, y: str, color: str, marker: str, label: str | None = None) -> None:
