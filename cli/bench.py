@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", type=condition, action="append", metavar="NAME=VALUE", help="a further input, such as class_label=3"
     )
+    parser.add_argument("--fast", action="store_true", help="every case on what edit --fast takes, which its row names")
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument("--runs", type=positive, metavar="N", help="timed edits of each case (default 15)")
     effort.add_argument("--seconds", type=float, metavar="S", help="instead: as many as fit into S, of each case")
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     lists = {axis.name: values for axis in AXES if (values := getattr(arguments, axis.name)) is not None}
     names = ("runs", "seconds", "rounds", "warmup")
     effort = Effort(**{name: value for name in names if (value := getattr(arguments, name)) is not None})
-    bench = Bench(expand(arguments.models or [None], lists, dict(arguments.set or ())), effort)
+    bench = Bench(expand(arguments.models or [None], lists, dict(arguments.set or ()), fast=arguments.fast), effort)
     try:
         measure(bench)
     except (KeyboardInterrupt, SdeditError):

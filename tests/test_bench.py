@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sdedit
-from sdedit.bench import AXES, Bench, Case, Effort, Row, expand, rounds
+from sdedit.bench import AXES, Bench, Case, Effort, Row, expand, rounds, visit
 from sdedit.bench.effort import Visit
 from sdedit.cli import bench_formats
 from sdedit.cli.main import main
@@ -65,6 +65,15 @@ def test_what_varies_is_an_option_of_load_or_of_edit():
         "batch": 3, "steps": 7, "sampler": None, "t0": None, "spacing": None, "eta": None, "repeats": 1,
         "conditions": {},
     }  # fmt: skip
+
+
+def test_fast_is_of_every_case_and_is_asked_of_loading(monkeypatch):
+    cases = expand(["a.onnx"], {"steps": [2, 5], "precision": ["fp32"]}, fast=True)
+    assert [case.label for case in cases] == [f"a.onnx --precision fp32 --steps {steps} --fast" for steps in (2, 5)]
+    asked = []
+    monkeypatch.setattr(sdedit, "load", lambda model, **options: asked.append((model, options)))
+    visit.open_case(cases[0])
+    assert asked == [("a.onnx", {"backend": "auto", "precision": "fp32", "fast": True, "threads": None})]
 
 
 def test_every_case_is_examined_before_anything_is_measured_and_rounds_take_turns(asked):

@@ -30,12 +30,13 @@ class Case:
     eta: float | None = axis(None, float, "fresh noise of ddim and dpmpp-2m-sde")
     repeats: int = axis(1, int, "passes, each from the last one's result (default 1)")
     conditions: tuple[tuple[str, float], ...] = ()  # values of the model's further inputs
+    fast: bool = False  # whether backend and precision are the fastest that pass verification, of those named
 
     @property
     def label(self) -> str:
         """The case in the words it was asked for."""
         asked = [f"--{f.name} {value}" for f in AXES if (value := getattr(self, f.name)) not in (None, f.default)]
-        return " ".join([self.model or "the bundled model", *asked])
+        return " ".join([self.model or "the bundled model", *asked, *(["--fast"] if self.fast else [])])
 
     def edit_options(self) -> dict[str, Any]:
         """The keywords of `Editor.edit`, but for `samples`."""
@@ -50,10 +51,13 @@ def expand(
     models: Sequence[str | Path | None],
     lists: Mapping[str, Sequence[Any]],
     conditions: Mapping[str, float] | None = None,
+    *,
+    fast: bool = False,
 ) -> list[Case]:
     """The cases: every model with every combination of the listed values, the last name varying fastest.
 
-    lists: name of one of AXES -> its values. Raises OptionError for unknown names, empty lists and duplicates.
+    lists: name of one of AXES -> its values. fast: of every case. Raises OptionError for unknown names, empty lists and
+    duplicates.
     """
     known = [f.name for f in AXES]
     if unknown := set(lists) - set(known):
@@ -68,7 +72,7 @@ def expand(
     ordered = [name for name in known if name in lists]
     given = tuple((conditions or {}).items())
     return [
-        Case(model, conditions=given, **dict(zip(ordered, values, strict=True)))
+        Case(model, conditions=given, fast=fast, **dict(zip(ordered, values, strict=True)))
         for model in names
         for values in product(*(lists[name] for name in ordered))
     ]

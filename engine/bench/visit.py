@@ -29,7 +29,7 @@ def open_case(case: Case) -> "Editor":
     """The case's model on its backend. Raises SdeditError."""
     import sdedit
 
-    return sdedit.load(case.model, backend=case.backend, precision=case.precision, threads=case.threads)
+    return sdedit.load(case.model, backend=case.backend, precision=case.precision, fast=case.fast, threads=case.threads)
 
 
 def edit(editor: "Editor", case: Case, **changed: Any) -> "Timings":
