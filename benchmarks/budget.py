@@ -24,7 +24,7 @@ import sdedit
 
 EDITOR_BUDGETS_MS = (60, 150, 300)
 COMMAND_BUDGETS_MS = (500, 800)
-STEPS = 50  # wanted: more than fit into any of these budgets
+STEPS = 50  # wanted
 
 
 def in_process(runs: int) -> dict[int, list[tuple[float, int]]]:

@@ -13,12 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from peer_networks import BUNDLED, CONFIGURATIONS, SIZES, weights_of
+from peer_networks import BUNDLED, CONFIGURATIONS, LEVELS, SIZES, ddpm_alphas_cumprod, weights_of
 
 import sdedit
 
 Picture = NDArray[np.uint8]
-LEVELS = 1000  # that the U-Nets of diffusers are trained at
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def network_input(setting: Setting) -> tuple[NDArray[np.float32], float]:
 
 def levels() -> NDArray[np.float64]:
     """σ of the trained levels, in the frame where x = data + σ · noise."""
-    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, LEVELS))
+    abar = ddpm_alphas_cumprod()
     return np.sqrt((1 - abar) / abar)
 
 

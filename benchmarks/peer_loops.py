@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from peer_networks import BUNDLED, VP, Network, weights_of
+from peer_networks import BUNDLED, LEVELS, VP, Network, ddpm_alphas_cumprod, weights_of
 
 import sdedit
+from sdedit import artifact
 
 Picture = NDArray[np.uint8]
 Edit = Callable[[Picture], Picture]
-LEVELS = 1000  # that a VP network was trained at
 
 
 @dataclass
@@ -101,9 +101,8 @@ def torch_network(network: Network) -> Any:
 def alphas_cumprod(network: Network) -> NDArray[np.float64]:
     """ᾱ of a VP network's thousand levels."""
     if network.name != BUNDLED:
-        return np.cumprod(1 - np.linspace(1e-4, 0.02, LEVELS))
-    told = sdedit.load(network.artifact, backend="ort-cpu", threads=1).artifact.metadata["sde"]["alphas_cumprod"]
-    return np.array(told, np.float64)
+        return ddpm_alphas_cumprod()
+    return np.array(artifact.read(network.artifact).metadata["sde"]["alphas_cumprod"], np.float64)
 
 
 def betas_of(network: Network) -> NDArray[np.float64]:

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import sdedit
+from sdedit import artifact as artifacts
 
 VP, VE = "vp", "ve"
+LEVELS = 1000  # that a VP network was trained at
 BUNDLED = "bundled"
 
 
@@ -41,8 +44,7 @@ NAMES = tuple(name for name in SIZES if name != "tiny")  # that one is for tests
 def network(name: str, folder: Path, *, int8: bool = False) -> Network:
     """The network called `name`, made in `folder` where it is not there yet. int8: also quantised, for OpenVINO."""
     if name == BUNDLED:
-        path = sdedit.load(backend="ort-cpu", threads=1).artifact.path
-        return Network(name, VP, path, path, None)
+        return Network(name, VP, artifacts.BUNDLED, artifacts.BUNDLED, None)
     home = folder / f"{name}-{sdedit.__version__}"
     home.mkdir(parents=True, exist_ok=True)
     source, artifact, quantised = home / "diffusers", home / f"{name}.onnx", home / f"{name}-int8.onnx"
@@ -101,6 +103,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "attention_head_dim": None, "norm_num_groups": None, "norm_eps": 1e-6, "freq_shift": 0,
     },
 }  # fmt: skip
+
+
+def ddpm_alphas_cumprod() -> NDArray[np.float64]:
+    """ᾱ of the levels that diffusers' VP networks are trained at."""
+    return np.cumprod(1 - np.linspace(1e-4, 0.02, LEVELS))
 
 
 def weights_of(path: Path, wanted: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from sdedit.backends import (
     AUTO_ORDER,
     BACKENDS,
     CPU,
-    TF32_HINT,
+    PRECISION_HINTS,
     Backend,
     open_backend,
     precisions,
@@ -94,9 +94,9 @@ def open_fastest(
                 require_known(precision)
             raise BackendUnavailable(
                 f"nothing here runs {artifact.name} in {precision}",
-                hint=TF32_HINT
-                if precision == "tf32"
-                else f"lay an export with --precision {precision} beside it, or leave --precision out",
+                hint=PRECISION_HINTS.get(
+                    precision or "", f"lay an export with --precision {precision} beside it, or leave --precision out"
+                ),
             )
         if not any(trial.passed for trial in trials):
             raise BackendUnavailable(

@@ -160,6 +160,17 @@ def test_the_plot_is_drawn_from_what_is_there(tmp_path: Path) -> None:
     assert title(study) == "eurosat-64, t0 0.5, 1000 stroke guides; 4 of 107 settings; bars: ± standard error"
 
 
+def test_shown_are_those_whose_results_are_most_like_em500s() -> None:
+    pytest.importorskip("matplotlib")
+    from few_steps_plot import closest
+
+    rows = [
+        {"steps": steps, "sampler": sampler, "to_em500": {"value": distance}}
+        for steps, sampler, distance in ((10, "em", 0.3), (10, "ddim", -0.001), (20, "ddim", 0.2), (20, "er-sde", 0.1))
+    ]
+    assert [(row["steps"], row["sampler"]) for row in closest(rows, (5, 10, 20))] == [(10, "ddim"), (20, "er-sde")]
+
+
 def test_a_number_of_guides_that_fills_no_chunk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from sdedit.export import eurosat
 

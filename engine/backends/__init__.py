@@ -17,7 +17,9 @@ ORT = ("ort-cpu", "ort-cuda", "ort-tensorrt")
 TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> the library's module
 BACKENDS = (*ORT, "openvino", *TENSORRT)
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
-TF32_HINT = "leave --precision out; tf32 is for fp32 models with --backend ort-cuda, on an NVIDIA GPU from Ampere on"
+PRECISION_HINTS = {
+    "tf32": "leave --precision out; tf32 is for fp32 models with --backend ort-cuda, on an NVIDIA GPU from Ampere on"
+}  # of those that no model has
 USUAL_BATCH = 8  # within two percent of the fastest for small networks, and no burden for large ones
 CPU = ("ort-cpu", "openvino")
 GPU = ("tensorrt", "tensorrt-rtx", "ort-cuda")  # of those, best first
@@ -134,7 +136,7 @@ def _open(
         raise BackendUnavailable(
             f"precision {precision} was asked for; {own.name} is {own.precision}, and {name} runs it in "
             f"{' or '.join(can)} alone",
-            hint=TF32_HINT if precision == "tf32" else hint,
+            hint=PRECISION_HINTS.get(precision, hint),
         )
     if name in TENSORRT:
         from sdedit.backends.tensorrt import TensorRtBackend

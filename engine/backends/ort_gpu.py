@@ -314,12 +314,11 @@ class OrtDeviceNetwork:
         self._driver, self._session, self._binding = driver, session, session.io_binding()
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._conditions = Conditions(driver, shape[0], extra)
-        with ExitStack() as on_failure:
-            on_failure.callback(self._conditions.close)
-            for name, (address, kind) in self._conditions.tensors.items():
-                self._binding.bind_input(name, "cuda", 0, np.dtype(kind).type, shape[:1], address)
-            on_failure.pop_all()
+
+        def bind(name: str, address: int, kind: str) -> None:
+            self._binding.bind_input(name, "cuda", 0, np.dtype(kind).type, shape[:1], address)
+
+        self._conditions = Conditions(driver, shape[0], extra, bind)
         self._thread = ThreadPoolExecutor(1, "sdedit-ort")
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
@@ -328,7 +327,7 @@ class OrtDeviceNetwork:
         self._binding.bind_output("denoised", "cuda", 0, np.float32, self.shape, denoised)
         if self.replays:
             with CAPTURING:
-                self._run("a network that cannot be a CUDA graph wants --ep-option enable_cuda_graph=0")
+                self._run("a smaller --batch if the GPU's memory is full; else --ep-option enable_cuda_graph=0")
 
     def set_conditions(self, values: Mapping[str, float], stream: int) -> None:
         self._conditions.set(values, stream)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -222,12 +222,9 @@ class TensorRtNetwork:
                     f"{library.name}: the plan does not take {name} of shape {dimensions}",
                     hint="'sdedit inspect MODEL.plan' shows its profile; 'sdedit build --batch' makes another",
                 )
-        self._conditions = Conditions(driver, shape[0], extra)
-        with ExitStack() as on_failure:
-            on_failure.callback(self._conditions.close)
-            for name, (address, _) in self._conditions.tensors.items():
-                self._set_address(name, address)
-            on_failure.pop_all()
+        self._conditions = Conditions(
+            driver, shape[0], extra, lambda name, address, _: self._set_address(name, address)
+        )
 
     def bind(self, x: int, sigma: int, denoised: int) -> None:
         for name, address in (("x", x), ("sigma", sigma), ("denoised", denoised)):
