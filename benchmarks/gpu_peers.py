@@ -33,7 +33,6 @@ from gpu_peers_table import table
 from peers import conditions
 
 import sdedit
-from sdedit import artifact
 
 PACKAGES = ("onnxruntime-gpu", "cuda-bindings", "triton", "nvidia-cudnn-cu13", "onnx")
 COUNTED = 3  # edits of a turn
@@ -151,7 +150,7 @@ def make_setting(network: str, arguments: argparse.Namespace) -> Setting:
     fp32: Path | None = folder / f"{network}.onnx"
     fp16: Path | None = folder / f"{network}-fp16.onnx"
     if network == BUNDLED:
-        fp32 = artifact.BUNDLED
+        fp32 = sdedit.load(backend="ort-cpu").artifact.path
     if fp32 is not None and fp32.exists() and not (fp16 is not None and fp16.exists()):
         fp16 = halved(fp32, arguments.scratch / f"{network}-fp16.onnx")
     fp32, fp16 = (path if path is not None and path.exists() else None for path in (fp32, fp16))

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from peer_networks import BUNDLED, LEVELS, VP, Network, ddpm_alphas_cumprod, weights_of
 
 import sdedit
-from sdedit import artifact
 
 Picture = NDArray[np.uint8]
 Edit = Callable[[Picture], Picture]
@@ -102,7 +101,8 @@ def alphas_cumprod(network: Network) -> NDArray[np.float64]:
     """ᾱ of a VP network's thousand levels."""
     if network.name != BUNDLED:
         return ddpm_alphas_cumprod()
-    return np.array(artifact.read(network.artifact).metadata["sde"]["alphas_cumprod"], np.float64)
+    opened = sdedit.load(network.artifact, backend="ort-cpu", threads=1)
+    return np.array(opened.artifact.metadata["sde"]["alphas_cumprod"], np.float64)
 
 
 def betas_of(network: Network) -> NDArray[np.float64]:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sdedit
-from sdedit import artifact as artifacts
 
 VP, VE = "vp", "ve"
 LEVELS = 1000  # that a VP network was trained at
@@ -44,7 +43,8 @@ NAMES = tuple(name for name in SIZES if name != "tiny")  # that one is for tests
 def network(name: str, folder: Path, *, int8: bool = False) -> Network:
     """The network called `name`, made in `folder` where it is not there yet. int8: also quantised, for OpenVINO."""
     if name == BUNDLED:
-        return Network(name, VP, artifacts.BUNDLED, artifacts.BUNDLED, None)
+        path = sdedit.load(backend="ort-cpu", threads=1).artifact.path
+        return Network(name, VP, path, path, None)
     home = folder / f"{name}-{sdedit.__version__}"
     home.mkdir(parents=True, exist_ok=True)
     source, artifact, quantised = home / "diffusers", home / f"{name}.onnx", home / f"{name}-int8.onnx"
