@@ -23,7 +23,7 @@ def open_features(path: str | Path, convention: Convention | None = None) -> Fea
     runs in float32 on the GPU where torch sees one. Raises ArtifactError, BackendUnavailable.
     """
     path = Path(path)
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         return onnx.open_features(path, convention)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = open_script(path).to(device)
@@ -43,7 +43,7 @@ def open_lpips(path: str | Path) -> DistanceNetwork:
     Raises ArtifactError, BackendUnavailable.
     """
     path = Path(path)
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         return onnx.open_lpips(path)
     module = open_script(path)
 

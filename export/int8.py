@@ -1,8 +1,9 @@
 """A denoiser's graph with 8-bit layers, as many as the tolerance allows."""
 
 import logging
+import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,26 +14,27 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sdedit import verify
-from sdedit.export.graph import FLOAT, LAYERS, copied, lift_constants, network, rename, types_of
+from sdedit.export.graph import FLOAT, LAYERS, copied, lift_constants, network, rename, replace_nodes, types_of
 from sdedit.export.precision import widen
 
 ROUNDING = {"DequantizeLinear", "QuantizeLinear"}
 TOLERANCE = 0.03  # of D, as ‖ΔD‖ / max(‖D‖, ‖x - D‖): the sum over layers
 MOST = 0.04  # of all of them together, at any noise level; `verify` allows a little more, on other images
 FEWER = 0.7  # of the sum, where that is not kept
-PROBED = 3  # calibration images on which layers are compared
+PROBED = 3 * 64 * 64  # pixels on which layers are compared, of as many calibration images as have them, at least one
 DECISIVE = 0.5  # the σ where they are: as large as the picture's contrast, an error of the network shows most
 
-Feed = Mapping[str, NDArray[np.generic]]
+Array = NDArray[np.generic]
+Feed = Mapping[str, Array]
 
 
 def quantize(model: ModelProto, feeds: Iterable[Feed], *, tolerance: float = TOLERANCE) -> ModelProto:
     """The denoiser with 8-bit layers: QuantizeLinear and DequantizeLinear, u8 activations, s8 weights per channel.
 
     feeds: network inputs, {"x": (B, C, H, W), "sigma": (B,)}, from all noise levels: they set the ranges. Layers with
-    weights are rounded one at a time on PROBED images of them; those whose errors add up to the tolerance, smallest
-    first, become int8, the others stay float32. In a U-Net the costly ones write the finest residual stream. Where all
-    together miss MOST on any feed, fewer are taken.
+    weights are rounded one at a time on a few images of them; those whose errors add up to the tolerance, smallest
+    first, become int8, the others stay float32, if need be all. In a U-Net the costly ones write the finest residual
+    stream. Where all together miss MOST on any feed, fewer are taken.
     """
     feeds = list(feeds)
     model = widen(model)
@@ -48,30 +50,32 @@ def quantize(model: ModelProto, feeds: Iterable[Feed], *, tolerance: float = TOL
         if number in inside and node.op_type in LAYERS and node.input[1] in weights
     ]
     with tempfile.TemporaryDirectory() as folder, _silent():
-        source = Path(folder) / "float.onnx"
-        onnx.save(copied(model), source, save_as_external_data=True, location="float.data")
-        errors = _errors(model, _calibrated(source, layers, feeds), layers, feeds, Path(folder) / "probe.onnx")
+        exact, rounded = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        _save(model, exact)
+        all_rounded = _calibrated(exact, rounded, layers, feeds)
+        errors = _errors(model, all_rounded, layers, feeds, Path(folder) / "probe.onnx")
         order = sorted(layers, key=errors.__getitem__)
         total = np.cumsum([errors[name] for name in order])  # bounds the whole error, to first order
+        wanted = list(_denoised(exact, feeds))
         result, budget = model, tolerance
-        while chosen := [name for name, error in zip(order, total, strict=True) if error <= budget]:
-            result = _calibrated(source, chosen, feeds)
-            if _worst(source, source.with_name("int8.onnx"), feeds) <= MOST:
+        while chosen := {name for name, error in zip(order, total, strict=True) if error <= budget}:
+            result = _with_layers(model, all_rounded, chosen)
+            _save(result, rounded)
+            if all(error <= MOST for error in _each_error(feeds, wanted, _denoised(rounded, feeds))):
                 break
             result, budget = model, FEWER * float(total[len(chosen) - 1])
-    del result.metadata_props[:], result.graph.value_info[:]
-    result.metadata_props.extend(model.metadata_props)
+    del result.graph.value_info[:]
     return result
 
 
-def _calibrated(source: Path, layers: Sequence[str], feeds: Sequence[Feed]) -> ModelProto:
+def _calibrated(source: Path, target: Path, layers: Sequence[str], feeds: Sequence[Feed]) -> ModelProto:
     """These layers of the model in 8 bits, with the ranges seen on the feeds.
 
     Weights have 7 bits: processors without VNNI add two products in 16 bits, and eight would overflow them.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-    target, rest = source.with_name("int8.onnx"), iter(feeds)
+    rest = iter(feeds)
     quantize_static(
         source, target, SimpleNamespace(get_next=lambda: next(rest, None)), QuantFormat.QDQ,
         nodes_to_quantize=list(layers), op_types_to_quantize=sorted(LAYERS), per_channel=True, reduce_range=True,
@@ -80,22 +84,47 @@ def _calibrated(source: Path, layers: Sequence[str], feeds: Sequence[Feed]) -> M
     return onnx.load(target)
 
 
-def _worst(exact: Path, quantized: Path, feeds: Sequence[Feed]) -> float:
-    """The largest error of D, of any image of the feeds."""
+def _with_layers(model: ModelProto, all_rounded: ModelProto, chosen: Set[str]) -> ModelProto:
+    """The model with these of its layers in 8 bits. What else reads their inputs reads them unrounded."""
+    result = copied(model)
+    graph = result.graph
+    _add_weights(graph, all_rounded.graph)
+    nodes: dict[str, NodeProto] = {}
+    rounded: dict[str, NodeProto] = {}  # of these; what rounds a tensor that several layers read is there once
+    results: dict[str, str] = {}  # of chosen layers: rounded -> as the model calls it
+    for node in graph.node:
+        if node.name in chosen:
+            layer = _copies(_with_rounding(node.name, all_rounded.graph))
+            rounded |= {one.name: one for one in layer}
+            nodes |= rounded
+            results[layer[-1].output[0]] = node.output[0]
+        else:
+            nodes[node.name] = node
+    inner = {name: f"{name}.int8" for one in rounded.values() for name in one.output}
+    rename(rounded.values(), inner | results)
+    replace_nodes(graph, list(nodes.values()))
+    return result
+
+
+def _denoised(path: Path, feeds: Sequence[Feed]) -> Iterator[Array]:
+    """D of every feed."""
     import onnxruntime
 
-    sessions = [onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (exact, quantized)]
-    return max(
-        verify.relative_error(x, wanted, found)
-        for feed in feeds
-        for x, wanted, found in zip(feed["x"], *(session.run(None, feed)[0] for session in sessions), strict=True)
-    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return (session.run(None, dict(feed))[0] for feed in feeds)
+
+
+def _each_error(feeds: Sequence[Feed], exact: Sequence[Array], rounded: Iterable[Array]) -> Iterator[float]:
+    """The error of D of each image of the feeds."""
+    for feed, *denoised in zip(feeds, exact, rounded, strict=True):
+        for x, wanted, found in zip(feed["x"], *denoised, strict=True):
+            yield verify.relative_error(x, wanted, found)
 
 
 def _errors(
-    model: ModelProto, quantized: ModelProto, layers: Sequence[str], feeds: Sequence[Feed], path: Path
+    model: ModelProto, all_rounded: ModelProto, layers: Sequence[str], feeds: Sequence[Feed], path: Path
 ) -> dict[str, float]:
-    """The error of D when one layer alone is int8, per layer, at the worst of PROBED images.
+    """The error of D when one layer alone is int8, per layer, at the worst of those images nearest to DECISIVE.
 
     One graph for all of them: the number of that layer is an input, and each layer an If.
     """
@@ -103,8 +132,7 @@ def _errors(
 
     probe = copied(model)
     graph = probe.graph
-    known = {weight.name for weight in graph.initializer}
-    graph.initializer.extend(weight for weight in quantized.graph.initializer if weight.name not in known)
+    _add_weights(graph, all_rounded.graph)
     graph.input.append(helper.make_tensor_value_info("int8_layer", TensorProto.INT64, []))
     nodes: list[NodeProto] = []
     for node in graph.node:
@@ -115,26 +143,38 @@ def _errors(
         graph.initializer.append(numpy_helper.from_array(np.array(layers.index(node.name)), number))
         nodes.append(helper.make_node("Equal", ["int8_layer", number], [chosen]))
         branches = {
-            "then_branch": _branch(_with_rounding(node.name, quantized.graph), f"{node.name}.int8."),
+            "then_branch": _branch(_with_rounding(node.name, all_rounded.graph), f"{node.name}.int8."),
             "else_branch": _branch([node], f"{node.name}.float."),
         }
         nodes.append(helper.make_node("If", [chosen], [node.output[0]], **branches))
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
-    onnx.save(probe, path, save_as_external_data=True, location=f"{path.name}.data")
+    _save(probe, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     worst = np.zeros(len(layers))
     images = [
         {name: values[i : i + 1] for name, values in feed.items()} for feed in feeds for i in range(len(feed["x"]))
     ]
     images.sort(key=lambda feed: abs(feed["sigma"].item() / (feed["sigma"].item() + DECISIVE) - 0.5))
-    for feed in images[:PROBED]:
+    for feed in images[: max(1, PROBED // math.prod(images[0]["x"].shape[2:]))]:
         exact = session.run(None, {**feed, "int8_layer": np.array(-1)})[0]
         size = max(np.linalg.norm(exact), np.linalg.norm(feed["x"] - exact))
         for i in range(len(layers)):
             denoised = session.run(None, {**feed, "int8_layer": np.array(i)})[0]
             worst[i] = max(worst[i], np.linalg.norm(denoised - exact) / size)
     return dict(zip(layers, worst.tolist(), strict=True))
+
+
+def _save(model: ModelProto, path: Path) -> None:
+    data = path.with_name(f"{path.name}.data")
+    data.unlink(missing_ok=True)  # onnx would append to it
+    onnx.save(copied(model), path, save_as_external_data=True, location=data.name)
+
+
+def _add_weights(graph: GraphProto, other: GraphProto) -> None:
+    """Those of another graph that this one lacks."""
+    known = {weight.name for weight in graph.initializer}
+    graph.initializer.extend(weight for weight in other.initializer if weight.name not in known)
 
 
 def _with_rounding(layer: str, graph: GraphProto) -> list[NodeProto]:
@@ -152,9 +192,13 @@ def _with_rounding(layer: str, graph: GraphProto) -> list[NodeProto]:
 
 def _branch(nodes: Sequence[NodeProto], prefix: str) -> GraphProto:
     """These nodes as the branch of an If, with names of its own."""
-    own = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    own = _copies(nodes)
     rename(own, {name: f"{prefix}{name}" for node in own for name in node.output})
     return helper.make_graph(own, prefix, [], [helper.make_tensor_value_info(own[-1].output[0], FLOAT, None)])
+
+
+def _copies(nodes: Iterable[NodeProto]) -> list[NodeProto]:
+    return [NodeProto.FromString(node.SerializeToString()) for node in nodes]
 
 
 @contextmanager

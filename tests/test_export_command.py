@@ -22,7 +22,7 @@ from sdedit import artifact
 from sdedit.cli.export import read_config
 from sdedit.cli.main import main
 from sdedit.errors import ArtifactError, OptionError, OutOfTolerance
-from sdedit.export import export_denoiser, to_onnx
+from sdedit.export import export_denoiser, exporting, to_onnx
 from sdedit.export import schedules as published
 from sdedit.export.denoiser import Convention, Denoiser
 
@@ -237,6 +237,13 @@ def test_out_of_tolerance_exits_3_unless_allowed_and_then_it_is_marked(here, cap
     assert "error: wrong.onnx: not written" in said.err
     assert main([*flags, "--allow-inaccurate"]) == 3
     assert artifact.read(here / "wrong.onnx").metadata["verification"]["within"] is False
+
+
+def test_an_int8_file_without_an_int8_layer_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exporting, "quantize", lambda model, feeds: model)
+    assert main(["export", str(artifact.BUNDLED), "--precision", "int8", "-o", str(tmp_path / "int8.onnx")]) == 2
+    assert "not written: no layer of the network may be int8 within the tolerance" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_any_size_that_is_a_multiple(tmp_path):

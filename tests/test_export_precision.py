@@ -615,6 +615,46 @@ def test_no_tolerance_at_all_is_float32(small: ModelProto) -> None:
     exact = quantize(small, feeds(), tolerance=0.0)
     assert eight_bit_layers(exact) == []
     np.testing.assert_array_equal(run(exact, *inputs()), run(small, *inputs()))
+    assert list(exact.metadata_props) == list(small.metadata_props)
+
+
+def skip_connection() -> ModelProto:
+    """D = first(x) + second(first(x)): two layers, and a reader of their tensor that is none."""
+    rng = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(rng.standard_normal((3, 3, 1, 1)).astype(np.float32), f"{name}.weight")
+        for name in ("first", "second")
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "first.weight"], ["t"], "first"),
+        helper.make_node("Conv", ["t", "second.weight"], ["u"], "second"),
+        helper.make_node("Add", ["t", "u"], ["D"], "add"),
+    ]
+    x, sigma, out = (
+        helper.make_tensor_value_info(name, FLOAT, shape)
+        for name, shape in (("x", ["B", 3, SIZE, SIZE]), ("sigma", ["B"]), ("D", ["B", 3, SIZE, SIZE]))
+    )
+    graph = helper.make_graph(nodes, "skip", [x, sigma], [out], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.mark.parametrize("chosen", [{"first"}, {"second"}, {"first", "second"}])
+def test_only_a_chosen_layers_own_operands_and_result_are_rounded(
+    chosen: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "sdedit.export.int8._errors", lambda *_: {n: float(n not in chosen) for n in ("first", "second")}
+    )
+    model = skip_connection()
+    made = quantize(model, feeds(), tolerance=0.5)
+    types(made)
+    assert set(eight_bit_layers(made)) == chosen
+    producers = {name: node.op_type for node in made.graph.node for name in node.output}
+    add = next(node for node in made.graph.node if node.op_type == "Add")
+    rounded = [producers[name] == "DequantizeLinear" for name in add.input]
+    assert rounded == ["first" in chosen, "second" in chosen]
+    for x, sigma in ((feed["x"], feed["sigma"]) for feed in feeds()):
+        assert worst_error(run(model, x, sigma), run(made, x, sigma), x) < 4e-2
 
 
 def test_int8_leaves_no_files_no_handlers_and_no_output(
