@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     result = edit_with_progress(editor, arguments, options)
     if result.budget is not None:
         say(budget.told(result.budget))
-    for note in notes(editor, result):
+    for note in notes(result):
         say(note)
     if repeated is not None:
         result = replace(result, budget=repeated.budget)  # so that the record, too, is the same
@@ -100,11 +100,13 @@ def run(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def output_paths(target: Path, count: int, suffixes: tuple[str, ...] = (".png", ".npy")) -> list[Path]:
+def output_paths(
+    target: Path, count: int, suffixes: tuple[str, ...] = (".png", ".npy"), *, flag: str = "-o"
+) -> list[Path]:
     """The files that `count` results go to. Raises OptionError."""
     if target.suffix not in suffixes:
         better = target.with_suffix(".png") if target.name else "OUT.png"
-        raise OptionError(f"{target}: outputs are {' or '.join(suffixes)}", hint=f"-o {better}")
+        raise OptionError(f"{target}: outputs are {' or '.join(suffixes)}", hint=f"{flag} {better}")
     if target.suffix == ".npy" or count <= 1:
         return [target]
     return [target.with_name(f"{target.stem}-{j:03d}.png") for j in range(count)]
@@ -192,15 +194,10 @@ def edit_with_progress(editor: "Editor", arguments: argparse.Namespace, options:
         bar.close()
 
 
-def notes(editor: "Editor", result: "EditResult") -> list[str]:
+def notes(result: "EditResult") -> list[str]:
     """What happened to the guides on the way that the user should know."""
-    said = result.notes
-    for one in result.results:
-        if one.placement.enlarges:
-            width, height = one.guide.size
-            frame = "{}x{}".format(*editor.artifact.frame(result.options.size))
-            said.append(f"{one.guide.label}: {width}x{height} is smaller than the model's {frame}: enlarged")
-    return list(dict.fromkeys(said))
+    enlarged = (note for one in result.results for note in one.placement.notes(one.guide))
+    return list(dict.fromkeys((*result.notes, *enlarged)))
 
 
 def report(editor: "Editor", result: "EditResult", paths: list[Path], load_ms: float) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import add_json, add_model, add_running, add_steps, condition, positive
+from sdedit.cli.arguments import add_json, add_model, add_running, add_steps, condition, convention, positive
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import ProgressBar, print_json, say
 from sdedit.errors import OptionError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 HELP = "choose t0: a contact sheet over t0 and seeds, a search for a distance, or a few questions at the terminal"
 T0S = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 SAMPLES = 4
+OF_KID = ("real", "features", "feature_input")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--real", metavar="DIR", help="folder of real pictures, for --realism")
     parser.add_argument("--features", metavar="FILE", help="feature network, ONNX or TorchScript, for --realism")
+    parser.add_argument(
+        "--feature-input", type=convention, metavar="SIZE:LOW:HIGH", help="what it is fed, as for evaluate"
+    )
     parser.add_argument("--mask", metavar="M", help="the guide's mask: white repaints, black keeps")
     parser.add_argument("--masks", metavar="DIR", help="folder of masks of the names in --set")
     add_steps(parser)
@@ -101,8 +106,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError("no -o for the sheet", hint="-o SHEET.png; only --faithfulness and --realism go without")
     if measure == "kid" and None in (arguments.real, arguments.features):
         raise OptionError("--realism compares with real pictures", hint="--real DIR --features FILE.onnx")
-    if measure != "kid" and (given := [name for name in ("real", "features") if getattr(arguments, name) is not None]):
-        raise OptionError(f"--{given[0]} without --realism", hint='--realism "KID<=0.02", say; or leave it out')
+    if measure != "kid" and (given := [name for name in OF_KID if getattr(arguments, name) is not None]):
+        raise OptionError(
+            f"--{given[0].replace('_', '-')} without --realism", hint='--realism "KID<=0.02", say; or leave it out'
+        )
     target = None if arguments.output is None else output_paths(Path(arguments.output), 1, (".png",))[0]
     if target is not None:
         real = () if measure != "kid" else pictures_in(Path(arguments.real))
@@ -112,9 +119,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     editor, options = open_fresh(arguments)
     with open_tuner(editor, guides, masks=masks, t0s=1 if searched else len(t0s), **options) as tuner:
+        for note in tuner.notes:
+            say(note)
         shown = Shown(tuner, guides if folders else None)
         if arguments.interactive and target is not None:
-            trials = [by_eye(shown, target)]
+            trials = by_eye(shown, target)
         elif measure is not None:
             found = search(tuner, measure, arguments, editor)
             trials = [found.trial, *(trial for trial in found.trials if trial is not found.trial)]
@@ -201,34 +210,36 @@ def search(tuner: "Tuner", measure: str, arguments: argparse.Namespace, editor: 
     from sdedit.tuning import search_t0
 
     if measure == "kid":
-        compare_with(tuner, Path(arguments.real), arguments.features, editor)
+        compare_with(tuner, arguments, editor)
     found = search_t0(tuner, measure, getattr(arguments, measure), on_trial=lambda trial: say(described(trial)))
     if not found.within:
-        say(f"no t0 of {len(found.trials)} tried comes nearer to {getattr(arguments, measure):g} without passing it")
+        wanted = f"{measure.upper()} <= {getattr(arguments, measure):g}"
+        say(f"of {len(found.trials)} t0 tried, t0 = {found.trial.t0:g} is the best that keeps to {wanted}")
     return found
 
 
-def compare_with(tuner: "Tuner", folder: Path, network: str, editor: "Editor") -> None:
-    """Let trials have a KID to the pictures of a folder, which enter the model's frame as guides do."""
+def compare_with(tuner: "Tuner", arguments: argparse.Namespace, editor: "Editor") -> None:
+    """Let trials have a KID to the pictures in --real, which enter the model's frame as guides do."""
     import numpy as np
 
     from sdedit import image
     from sdedit.cli.networks import open_features
     from sdedit.listing import pictures_of
 
-    features = open_features(network)
+    features, folder = open_features(arguments.features, arguments.feature_input), Path(arguments.real)
     jobs = (editor.prepare(folder / name, tuner.options) for name in pictures_of(folder))
     rows = [features(image.to_pixels(job.x)[None])[0] for job in jobs]
     tuner.compare_with(features, np.stack(rows))
 
 
-def by_eye(shown: Shown, target: Path) -> "Trial":
-    """Halve what is left of t0 with every answer."""
+def by_eye(shown: Shown, target: Path) -> "list[Trial]":
+    """Halve what is left of t0 with every answer. The chosen trial first, then the others as they were seen."""
     from sdedit import output
     from sdedit.tuning import DIGITS, EARLIEST
 
     tuner = shown.tuner
     low, high = EARLIEST, tuner.latest
+    seen: list[Trial] = []
     while True:
         t0 = round((low + high) / 2, DIGITS)
         (trial,) = tuner.at([t0])
@@ -236,7 +247,8 @@ def by_eye(shown: Shown, target: Path) -> "Trial":
         say(f"{described(trial)}: look at {target}")
         answer = ask()
         if answer == "d" or high - low <= 2 * 10**-DIGITS:
-            return trial
+            return [trial, *seen]
+        seen.append(trial)
         low, high = (low, t0) if answer == "f" else (t0, high)
 
 
@@ -259,7 +271,10 @@ def described(trial: "Trial") -> str:
 def again(
     arguments: argparse.Namespace, tuner: "Tuner", folders: list[Path], trials: "Sequence[Trial]", best: "Trial | None"
 ) -> str:
-    """The command that makes these results again: the edit for the t0 that was found, else the sheet."""
+    """The command that makes these results again: the sheet, or the edit from the t0 that was found.
+
+    For a set: one that edits its guides from that t0, one result each, in a folder of their own.
+    """
     from sdedit.cli.repeat import command_line
 
     options = tuner.options
@@ -270,11 +285,28 @@ def again(
         t0s = ",".join(repr(trial.t0) for trial in trials)
         words = ["tune", *what, "-o", arguments.output, "--t0", t0s, *steps, "-n", str(options.samples)]
     elif folders:
-        words = ["batch", str(folders[0]), "-o", f"{folders[0].name}-edited", "--t0", repr(best.t0), *steps]
+        edited = beside(folders[0])
+        words = ["batch", str(folders[0]), "-o", edited, "--t0", repr(best.t0), *steps]
+        return f"mkdir -p {shlex.quote(edited)} && {command_line(words, arguments)}"
     else:
-        out = f"{Path(arguments.guide).stem}-edited.png"
-        words = ["edit", arguments.guide, "-o", out, "--t0", repr(best.t0), *steps, "-n", str(options.samples)]
+        out = no_flag(f"{Path(arguments.guide).stem}-edited.png")
+        words = ["edit", no_flag(arguments.guide), "-o", out, "--t0", repr(best.t0), *steps, "-n", str(options.samples)]
     return command_line(words, arguments)
+
+
+def beside(folder: Path) -> str:
+    """Where the results of a folder may go: here, or beside it where here is inside it."""
+    import os
+
+    folder = folder.resolve()
+    edited = folder.with_name(f"{folder.name}-edited")
+    inside = Path.cwd().is_relative_to(folder)
+    return no_flag(os.path.relpath(edited) if inside else edited.name)
+
+
+def no_flag(name: str) -> str:
+    """A file's name as an argument."""
+    return f"./{name}" if name.startswith("-") else name
 
 
 def report(

@@ -67,6 +67,12 @@ class Placement:
         left, top, right, bottom = self.window
         return right - left < self.part[2] - self.part[0] or bottom - top < self.part[3] - self.part[1]
 
+    def notes(self, guide: Picture) -> tuple[str, ...]:
+        """What of it the user should know."""
+        sizes = ["{}x{}".format(*size) for size in (guide.size, self.frame)]
+        said = f"{guide.label}: {sizes[0]} is smaller than the model's {sizes[1]}: enlarged"
+        return (said,) if self.enlarges else ()
+
 
 def read(source: Source, channels: int, role: str = "guide") -> Picture:
     """A path, a file's bytes, a PIL image or a uint8 array (H, W, 3) or (H, W), as `channels` channels.
@@ -145,6 +151,8 @@ def _to_pixels(image: Image.Image, channels: int, label: str, role: str) -> tupl
     if image.mode in ("I", "F"):
         raise ImageError(f"{label}: has 32-bit pixels (mode {image.mode})", hint="save it with 8 or 16 bits a channel")
     notes: list[str] = []
+    if not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+        notes.append(f"{label}: 16 bits reduced to 8")  # by Pillow, which keeps the upper ones
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF raises many kinds

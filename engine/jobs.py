@@ -29,6 +29,12 @@ class Job:
     table: StepTable | None = None  # another than the batch's: another t0, as many steps
     window: region.Window | None = None  # what the network sees of the frame; None is all of it
 
+    @property
+    def notes(self) -> list[str]:
+        """What was converted while reading its pictures, and whether they were enlarged."""
+        read = [note for picture in (self.guide, self.mask) if picture is not None for note in picture.notes]
+        return [*read, *self.placement.notes(self.guide)]
+
     def windowed(self, multiple: int) -> list["Job"]:
         """One for each window that is cheaper than the whole frame, or only itself. See region.windows."""
         found = [] if self.omega is None else region.windows(self.omega[0], multiple)

@@ -29,6 +29,7 @@ EARLIEST = 0.02  # a search begins here: below, an edit is its guide
 DIGITS = 4  # of a t0 that is searched for, so that it can be repeated as it is printed
 EDITS = 8
 TOLERANCE = 0.02
+INNER = (0.75, 0.25)  # of the largest t0: where a KID that falls and rises again is looked for
 FAR = 20  # times the wanted value or a part of it: what is further away counts as this far
 BATCH = 8  # pictures in a network call where the caller does not say
 LEAST_FOR_KID = 3
@@ -51,7 +52,7 @@ class Trial:
 class Found:
     """What a search returns."""
 
-    trial: Trial  # of those not above the wanted value, the nearest
+    trial: Trial  # of those not above the wanted value: from the largest t0, or for KID the smallest
     within: bool  # whether it is within TOLERANCE of the wanted value
     trials: tuple[Trial, ...]  # in the order they were made
 
@@ -73,6 +74,11 @@ class Tuner:
     def guides(self) -> list[Pixels]:
         """The first SHOWN guides as results have them: in the model's frame, or whole where there are masks."""
         return [_seen(job) for job in self._jobs[:: self.options.samples][:SHOWN]]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was converted and enlarged on the way, for the user."""
+        return list(dict.fromkeys(note for job in self._jobs for note in job.notes))
 
     def compare_with(self, features: Measure, real_pictures: NDArray[Any]) -> None:
         """From now on trials have a KID: to real pictures, given as their features (N, F). Raises OptionError."""
@@ -171,52 +177,22 @@ def search_t0(tuner: Tuner, measure: str, wanted: float, *, on_trial: Callable[[
     """The largest t0 whose L2 to the guides is at most `wanted`, or the smallest t0 whose KID is.
 
     measure: "l2" or "kid". In at most EDITS trials, by regula falsi (Illinois) on the logarithms of t0 and of the
-    value: L2 is nearly a power of t0 where t0 is small. Raises OptionError where no t0 has that value.
+    value: L2 is nearly a power of t0 where t0 is small. L2 is taken to grow with t0; where KID rises again, it is met
+    where it falls. Raises OptionError where no t0 that was tried keeps to `wanted`.
     """
     if measure not in ("l2", "kid"):
         raise OptionError(f"unknown measure {measure!r}", hint="choose one of l2, kid")
-    wanted = real(measure, wanted, 0, 1e9, with_low=False, hint="a number above 0, such as 12.5 for l2")
-    trials: list[Trial] = []
-
-    def value(trial: Trial) -> float:
-        found = getattr(trial, measure)
-        if found is None:
-            raise OptionError("trials have no KID", hint="Tuner.compare_with tells them of real pictures")
-        return float(found)
-
-    def off(t0: float) -> float:
-        """How far the value at t0 is above the middle of what is accepted; negative below."""
-        (trial,) = tuner.at([t0])
-        trials.append(trial)
-        if on_trial is not None:
-            on_trial(trial)
-        ratio = min(max(value(trial) / wanted, 1 / FAR), FAR)
-        return math.log(ratio / (1 - TOLERANCE / 2))
-
-    def within() -> bool:
-        return (1 - TOLERANCE) * wanted <= value(trials[-1]) <= wanted
-
-    ends = EARLIEST, tuner.latest
-    one = round(ends[1] / 2, DIGITS)
-    y_one = off(one)
-    if not within():
-        other = ends[1] if (y_one < 0) == (measure == "l2") else ends[0]
-        y_other = off(other)
-        if not within() and (y_one < 0) == (y_other < 0):
-            off(ends[0] if other == ends[1] else ends[1])
-            low, high = sorted((trial for trial in trials if trial.t0 != one), key=lambda trial: trial.t0)
-            raise OptionError(
-                f"no t0 has {measure.upper()} {wanted:g}: from t0 {low.t0:g} to {high.t0:g} it goes "
-                f"from {value(low):.4g} to {value(high):.4g}",
-                hint="ask for a value between them; L2 grows with t0, and KID falls where guides are not real pictures",
-            )
+    wanted = real(measure, wanted, 0, 1e9, with_low=False, hint="a number above 0, such as 12.5 for l2, 0.02 for kid")
+    search = _Search(tuner, measure, wanted, on_trial)
+    one, other = search.bracket()
+    y_one, y_other = search.off[one], search.off[other]
     last = 0
-    while not within() and len(trials) < EDITS:
+    while not search.ended and len(search.trials) < EDITS:
         x, x_other = math.log(one), math.log(other)
         t0 = round(math.exp((x * y_other - x_other * y_one) / (y_other - y_one)), DIGITS)
-        if any(trial.t0 == t0 for trial in trials):
+        if t0 in search.off:
             break  # as near as DIGITS let it come
-        y = off(t0)
+        y = search.attempt(t0)
         if (y < 0) == (y_one < 0):
             one, y_one = t0, y
             y_other /= 2 if last == 1 else 1  # the end that stays counts half
@@ -225,8 +201,81 @@ def search_t0(tuner: Tuner, measure: str, wanted: float, *, on_trial: Callable[[
             other, y_other = t0, y
             y_one /= 2 if last == -1 else 1
             last = -1
-    best = max((trial for trial in trials if value(trial) <= wanted), key=value)
-    return Found(best, (1 - TOLERANCE) * wanted <= value(best), tuple(trials))
+    best = search.best()
+    return Found(best, search.accepts(best), tuple(search.trials))
+
+
+class _Search:
+    """The trials of one search, and how far off their values are."""
+
+    def __init__(self, tuner: Tuner, measure: str, wanted: float, on_trial: Callable[[Trial], None] | None) -> None:
+        self._tuner, self._measure, self._wanted, self._on_trial = tuner, measure, wanted, on_trial
+        self.trials: list[Trial] = []
+        self._wished = tuner.latest if measure == "l2" else EARLIEST  # the best t0 if every t0 kept to it
+        self.off: dict[float, float] = {}  # t0 -> log of its value over the middle of what is accepted
+
+    def value(self, trial: Trial) -> float:
+        """Raises OptionError: it has none."""
+        found = getattr(trial, self._measure)
+        if found is None:
+            raise OptionError("trials have no KID", hint="Tuner.compare_with tells them of real pictures")
+        return float(found)
+
+    def accepts(self, trial: Trial) -> bool:
+        return (1 - TOLERANCE) * self._wanted <= self.value(trial) <= self._wanted
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last trial will do: near to what is wanted, or below it where no t0 is better."""
+        last = self.trials[-1]
+        return self.accepts(last) or (last.t0 == self._wished and self.value(last) <= self._wanted)
+
+    def best(self) -> Trial:
+        """The largest or smallest t0 of those that keep to what is wanted."""
+        kept = [trial for trial in self.trials if self.value(trial) <= self._wanted]
+        return min(kept, key=lambda trial: abs(trial.t0 - self._wished))
+
+    def attempt(self, t0: float) -> float:
+        """How far off this t0 is."""
+        (trial,) = self._tuner.at([t0])
+        self.trials.append(trial)
+        if self._on_trial is not None:
+            self._on_trial(trial)
+        ratio = min(max(self.value(trial) / self._wanted, 1 / FAR), FAR)
+        self.off[t0] = math.log(ratio / (1 - TOLERANCE / 2))
+        return self.off[t0]
+
+    def bracket(self) -> tuple[float, float]:
+        """Two t0 with `wanted` between their values, or twice one that ended the search. Raises OptionError."""
+        for t0 in self._starts():
+            self.attempt(t0)
+            if self.ended:
+                return t0, t0
+            if (other := self._across(t0)) is not None:
+                return t0, other
+        raise self._out_of_reach()
+
+    def _starts(self) -> Iterator[float]:
+        latest = self._tuner.latest
+        middle = round(latest / 2, DIGITS)
+        if self._measure == "l2":
+            yield middle
+            yield latest if self.off[middle] < 0 else EARLIEST
+        else:
+            yield from (EARLIEST, middle, latest, *(round(part * latest, DIGITS) for part in INNER))
+
+    def _across(self, t0: float) -> float | None:
+        """The nearest t0 whose value is on the other side of `wanted`; a smaller one if there is any."""
+        others = [other for other, y in self.off.items() if (y < 0) != (self.off[t0] < 0)]
+        return min(others, key=lambda other: (other > t0, abs(other - t0)), default=None)
+
+    def _out_of_reach(self) -> OptionError:
+        in_order = sorted(self.trials, key=lambda trial: trial.t0)
+        values = ", ".join(f"{self.value(trial):.4g} at {trial.t0:g}" for trial in in_order)
+        return OptionError(
+            f"no t0 that was tried has {self._measure.upper()} <= {self._wanted:g}: it is {values}",
+            hint=f"ask for {min(map(self.value, self.trials)):.4g} or more",
+        )
 
 
 def _seen(job: Job) -> Pixels:

@@ -425,7 +425,7 @@ CONVERTED: dict[str, tuple[bytes, str | None]] = {
     "cmyk jpeg": (encoded(rgb().convert("CMYK"), "JPEG"), "CMYK converted to RGB without a colour profile"),
     "16-bit grey": (encoded(Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257), "PNG"), "16 bits reduced to 8"),
     "16-bit tiff": (encoded(Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257), "TIFF"), "16 bits reduced to 8"),
-    "16-bit colour": (png(16, 16, (b"\0" + bytes(96)) * 16, 16), None),
+    "16-bit colour": (png(16, 16, (b"\0" + bytes(96)) * 16, 16), "16 bits reduced to 8"),
     "palette": (encoded(PALETTE, "PNG"), None),
     "palette, one clear": (encoded(PALETTE, "PNG", transparency=3), "transparent parts put on white"),
     "palette, some clear": (
