@@ -68,6 +68,7 @@ def measure(arguments: argparse.Namespace) -> int:
     """Raises OptionError for what is missing before any picture is read."""
     import json
 
+    from sdedit import metrics
     from sdedit.cli import evaluation_report
     from sdedit.cli.networks import open_features, open_lpips
     from sdedit.evaluation import evaluate, open_inputs
@@ -89,14 +90,14 @@ def measure(arguments: argparse.Namespace) -> int:
     lpips = None if arguments.lpips is None else open_lpips(arguments.lpips)
     if features is None:
         say(f"without --features there is no KID: {'L2 and LPIPS' if lpips else 'L2'} only")
-    asked = {name: getattr(arguments, name) for name in ("subset_size", "subsets", "seed")}
-    chosen = {"subset_size": 100, "subsets": 100, "seed": 0} | {k: v for k, v in asked.items() if v is not None}
+    usual = {"subset_size": metrics.SUBSET_SIZE, "subsets": metrics.SUBSETS, "seed": 0}
+    asked = {name: value for name in usual if (value := getattr(arguments, name)) is not None}
     bar = ProgressBar("pictures")
     try:
-        rows = evaluate(inputs, features=features, lpips=lpips, on_pictures=bar.update, **chosen)
+        rows = evaluate(inputs, features=features, lpips=lpips, on_pictures=bar.update, **usual | asked)
     finally:
         bar.close()
-    report = evaluation_report.as_report(conditions(inputs, features, lpips, chosen), rows)
+    report = evaluation_report.as_report(conditions(inputs, features, lpips, usual | asked), rows)
     if target is not None:
         match target.suffix:
             case ".html":

@@ -51,6 +51,7 @@ def write_page(arguments: argparse.Namespace) -> int:
 
 def read_answers(arguments: argparse.Namespace) -> int:
     """Raises OptionError."""
+    from sdedit.cli.evaluation_report import in_table
     from sdedit.opinions import QUESTIONS, preferences
 
     _refuse_measures(arguments, "--answers")
@@ -63,6 +64,7 @@ def read_answers(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"a": a, "b": b, "files": len(arguments.answers), "preferences": [asdict(one) for one in found]})
         return OK
+    a, b = in_table(a), in_table(b)
     print(f"| {a} or {b}? | for {a} | 95 % interval | answers |\n| --- | ---: | ---: | ---: |")
     for one in found:
         interval = f"{100 * one.low:.1f} … {100 * one.high:.1f} %"

@@ -47,16 +47,23 @@ def as_csv(report: Report) -> str:
 def as_markdown(report: Report) -> str:
     head, *rows = _cells(report)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    table = "\n".join(f"| {' | '.join(map(in_table, cells))} |" for cells in lines)
     return f"{table}\n\n" + "\n".join(f"- {line}" for line in _stated(report["conditions"])) + "\n"
+
+
+def in_table(text: str) -> str:
+    """A cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def as_html(report: Report, inputs: "Inputs") -> str:
     """The table, what it was made with, and the first guides with every method's results."""
+    from sdedit.evaluation import GUIDES
+
     head, *rows = _cells(report)
     table = _table(head, [[html.escape(cell) for cell in row] for row in rows])
     stated = "".join(f"<li>{html.escape(line)}" for line in _stated(report["conditions"]))
-    folders = {"guide": inputs.guides, **inputs.methods}
+    folders = {GUIDES: inputs.guides, **inputs.methods}
     pictures = [
         [html.escape(name), *(_thumbnail(folder.files[name], name, label) for label, folder in folders.items())]
         for name in inputs.names[:SHOWN]

@@ -21,7 +21,7 @@ def open_lpips(path: str) -> "DistanceNetwork":
 
 
 def _opener(path: str) -> Any:
-    if path.endswith(".onnx"):
+    if path.lower().endswith(".onnx"):
         from sdedit import features as of_onnx
 
         return of_onnx

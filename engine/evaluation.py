@@ -38,7 +38,7 @@ class Measures:
     l2: Mean
     lpips: Mean | None
     masked_lpips: Mean | None  # of pictures that are grey in their repainted part
-    outside: Mean | None  # L2 over pixels whose mask is 0
+    outside: Mean | None  # L2 over pixels whose mask is 0, of masks that have some
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def open_inputs(
     Raises ImageError (no folder, no pictures, names without partner), OptionError.
     """
     opened = open_folder(Path(guides))
-    labels = [Path(method).name for method in methods]
+    labels = [Path(method).resolve().name for method in methods]
     if len({GUIDES, *labels}) <= len(labels):  # folders of one name: by path
         labels = [str(method) for method in methods]
     if len({GUIDES, *labels}) <= len(labels):
@@ -97,9 +97,9 @@ def evaluate(
 ) -> list[Measures]:
     """The guides' own row, then one a method. subset_size, subsets, seed: of `kid`, the same for all methods.
 
-    on_pictures: told (done, total) as networks see pictures. Every picture is read, and its size checked, before a
-    network runs. Raises ImageError, OptionError (too few pictures for KID; features without real pictures),
-    ArtifactError.
+    on_pictures: told (done, total) as networks see pictures, once for each network. Every picture is read, and its
+    size checked, before a network runs. Raises ImageError, OptionError (too few pictures for KID; features without real
+    pictures), ArtifactError.
     """
     if features is not None:
         if inputs.real is None:
@@ -110,8 +110,9 @@ def evaluate(
     if inputs.real is not None:
         for names in chunks(list(inputs.real.files), CHUNK):
             inputs.real.read(names)
-    total = len(folders) * len(inputs.guides) + (0 if inputs.real is None else len(inputs.real))
-    seen = _Seen(total, on_pictures)
+    pictures = len(folders) * len(inputs.guides)
+    of_features = 0 if features is None or inputs.real is None else pictures + len(inputs.real)
+    seen = _Seen(of_features + (0 if lpips is None else pictures), on_pictures)
     rows = None if features is None or inputs.real is None else _features(inputs.real, inputs.size, features, seen)
     made = []
     for label, folder in folders.items():
@@ -119,7 +120,7 @@ def evaluate(
         if features is not None and rows is not None:
             own = _features(folder, inputs.size, features, seen)
             kid = metrics.kid(own, rows, subset_size=subset_size, subsets=subsets, seed=seed)
-        whole, kept = (None, None) if lpips is None else _lpips(inputs, folder, lpips)
+        whole, kept = (None, None) if lpips is None else _lpips(inputs, folder, lpips, seen)
         l2, outside = plain[label]
         made.append(Measures(label, kid, l2, whole, kept, outside))
     return made
@@ -141,17 +142,20 @@ def _l2(inputs: Inputs, folder: PictureFolder) -> tuple[Mean, Mean | None]:
         pair = [one.read(names, frame=inputs.size) for one in (inputs.guides, folder)]
         whole.append(metrics.l2(*pair))
         if inputs.masks is not None:
-            outside.append(metrics.l2(*pair, mask=_read_masks(inputs, names)))
-    return _mean(whole), _mean(outside) if outside else None
+            masks = _read_masks(inputs, names)
+            keep = (masks == 0).any(axis=(1, 2))  # a mask that keeps no pixel says nothing
+            outside.append(metrics.l2(*pair, mask=masks)[keep])
+    return _mean(whole), _mean(outside) if sum(map(len, outside)) else None
 
 
-def _lpips(inputs: Inputs, folder: PictureFolder, distance: DistanceNetwork) -> tuple[Mean, Mean | None]:
+def _lpips(inputs: Inputs, folder: PictureFolder, distance: DistanceNetwork, seen: _Seen) -> tuple[Mean, Mean | None]:
     whole, kept = [], []
     for names in chunks(inputs.names, CHUNK):
         pair = [one.read(names, frame=inputs.size) for one in (inputs.guides, folder)]
         whole.append(distance(*pair))
         if inputs.masks is not None:
             kept.append(distance(*pair, mask=_read_masks(inputs, names)))
+        seen.more(len(names))
     return _mean(whole), _mean(kept) if kept else None
 
 

@@ -53,10 +53,7 @@ class FeatureNetwork:
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Array:
         """Raises OptionError (not pictures), ArtifactError (the network cannot run them, or returns no rows)."""
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not len(pixels):
-            raise OptionError(
-                f"pictures are {pixels.dtype} {pixels.shape}; wanted uint8 (N, H, W, 3)", hint="stack RGB pictures"
-            )
+        _require_pictures(pixels)
         return np.concatenate([self._rows(pixels[at : at + BATCH]) for at in range(0, len(pixels), BATCH)])
 
     def _rows(self, pixels: NDArray[np.uint8]) -> Array:
@@ -65,13 +62,18 @@ class FeatureNetwork:
             rows = np.asarray(self._run(x))
         except Exception as error:  # runtimes raise their own kinds
             raise ArtifactError(
-                f"{self.name}: cannot run on float32 {x.shape}: {_last_line(error)}",
+                f"{self.name}: cannot run on float32 {x.shape}: {_cause(error)}",
                 hint=f"it was fed SIZE:LOW:HIGH {self.convention}; name the network's own",
             ) from error
-        if rows.ndim == 0 or len(rows) != len(pixels) or not np.issubdtype(rows.dtype, np.floating):
+        if rows.ndim == 0 or len(rows) != len(pixels) or not rows.size or not np.issubdtype(rows.dtype, np.floating):
             raise ArtifactError(
                 f"{self.name}: returned {rows.dtype} {rows.shape} for {len(pixels)} pictures; wanted a row for each",
                 hint="a feature network takes (N, 3, H, W) and returns (N, F)",
+            )
+        if not np.isfinite(rows).all():
+            raise ArtifactError(
+                f"{self.name}: returned NaN or Inf",
+                hint=f"it was fed SIZE:LOW:HIGH {self.convention}; check that, and its file",
             )
         return np.asarray(rows.reshape(len(rows), -1), np.float32)
 
@@ -87,8 +89,16 @@ class DistanceNetwork:
 
     def __call__(self, a: NDArray[np.uint8], b: NDArray[np.uint8], *, mask: NDArray[np.uint8] | None = None) -> Array:
         """mask: (N, H, W), 0 = keep. With one, both pictures are grey wherever it is not 0, so that only the kept part
-        can differ. Raises ArtifactError: the network cannot run them, or returns no distances.
+        can differ. Raises OptionError (not pictures, or of another size than each other or their masks), ArtifactError
+        (the network cannot run them, or returns no distances).
         """
+        _require_pictures(a)
+        _require_pictures(b)
+        if a.shape != b.shape or (mask is not None and mask.shape != a.shape[:3]):
+            raise OptionError(
+                f"pictures are {a.shape} and {b.shape}{'' if mask is None else f', masks {mask.shape}'}",
+                hint="pairs and their masks have one size: (N, H, W, 3), (N, H, W, 3) and (N, H, W)",
+            )
         parts = [slice(at, at + BATCH) for at in range(0, len(a), BATCH)]
         return np.concatenate([self._distances(a[one], b[one], None if mask is None else mask[one]) for one in parts])
 
@@ -101,7 +111,7 @@ class DistanceNetwork:
             distances = np.asarray(self._run(*pair))
         except Exception as error:  # runtimes raise their own kinds
             raise ArtifactError(
-                f"{self.name}: cannot run on two float32 {pair[0].shape}: {_last_line(error)}",
+                f"{self.name}: cannot run on two float32 {pair[0].shape}: {_cause(error)}",
                 hint="a distance takes two (N, 3, H, W) and returns (N,)",
             ) from error
         if distances.size != len(a):
@@ -162,8 +172,15 @@ def open_onnx(path: Path, *, inputs: int) -> Any:
     return session
 
 
+def _require_pictures(pixels: NDArray[np.uint8]) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not pixels.size:
+        raise OptionError(
+            f"pictures are {pixels.dtype} {pixels.shape}; wanted uint8 (N, H, W, 3)", hint="stack RGB pictures"
+        )
+
+
 def _require_onnx(path: Path, opener: str) -> None:
-    if path.suffix != ".onnx":
+    if path.suffix.lower() != ".onnx":
         raise OptionError(
             f"{path}: not an .onnx file", hint=f"sdedit.export.features.{opener} opens TorchScript, with torch"
         )
@@ -190,5 +207,7 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _last_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+def _cause(error: Exception) -> str:
+    """In one line: all that a runtime says, without TorchScript's traceback."""
+    said = str(error).strip() or type(error).__name__
+    return said.splitlines()[-1] if "Traceback" in said else " ".join(said.split())

@@ -13,6 +13,7 @@ from sdedit.noise import checked_seed
 
 SUBSET_SIZE, SUBSETS = 100, 100
 MOST_SUBSETS = 100_000
+BEYOND = 2  # a float pixel this large was not meant to be in [0, 1]; results that are not clipped pass it by a little
 BLOCK = 1024  # rows of a kernel matrix that are held at once
 
 Features = NDArray[Any]  # (N, F) of N pictures
@@ -96,8 +97,9 @@ def l2(guides: Pictures, results: Pictures, *, mask: NDArray[Any] | None = None)
     """√Σ(guide − result)² of each pair over all its values in [0, 1], as Meng et al. 2022 measure faithfulness. (N,)
 
     guides, results: (N, H, W, C) uint8, or floats in [0, 1]. mask: (N, H, W) or (H, W), 0 = keep; with one, only
-    pixels count where it is 0: what changed outside the mask. Raises OptionError for other shapes.
+    pixels count where it is 0: what changed outside the mask. Raises OptionError for others.
     """
+    guides, results = np.asarray(guides), np.asarray(results)
     if guides.shape != results.shape or guides.ndim != 4:
         raise OptionError(
             f"guides are {guides.shape} and results {results.shape}; wanted (N, H, W, C) twice",
@@ -105,14 +107,13 @@ def l2(guides: Pictures, results: Pictures, *, mask: NDArray[Any] | None = None)
         )
     squares = (_unit(guides) - _unit(results)) ** 2
     if mask is not None:
-        try:
-            kept = np.broadcast_to(np.asarray(mask) == 0, guides.shape[:3])
-        except ValueError:
+        mask = np.asarray(mask)
+        if mask.shape not in (guides.shape[:3], (1, *guides.shape[1:3]), guides.shape[1:3]):
             raise OptionError(
-                f"mask is {np.shape(mask)}; wanted {guides.shape[:3]} or {guides.shape[1:3]}",
+                f"mask is {mask.shape}; wanted {guides.shape[:3]} or {guides.shape[1:3]}",
                 hint="a mask has its guide's size",
-            ) from None
-        squares *= kept[..., None]
+            )
+        squares *= (mask == 0)[..., None]
     return np.asarray(np.sqrt(squares.sum(axis=(1, 2, 3))))
 
 
@@ -121,12 +122,18 @@ def _kernel(a: Features, b: Features) -> NDArray[np.float64]:
 
 
 def _unit(pictures: Pictures) -> NDArray[np.float64]:
-    return pictures / 255.0 if pictures.dtype == np.uint8 else pictures.astype(np.float64)
+    if pictures.dtype == np.uint8:
+        return pictures / 255.0
+    if not np.issubdtype(pictures.dtype, np.floating) or not np.all(np.abs(pictures) < BEYOND):  # NaN neither
+        raise OptionError(
+            f"pictures are {pictures.dtype}, not uint8, and not floats in [0, 1]", hint="uint8 from 0 to 255 is usual"
+        )
+    return pictures.astype(np.float64)
 
 
 def _checked(features: Features, which: str) -> NDArray[np.float64]:
     array = np.asarray(features, np.float64)
-    if array.ndim != 2:
+    if array.ndim != 2 or not array.shape[1]:
         raise OptionError(
             f"the {which} features are {array.shape}; wanted (pictures, features)", hint="one row a picture"
         )

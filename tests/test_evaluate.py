@@ -16,6 +16,9 @@ from PIL import Image
 import sdedit
 from sdedit import image
 from sdedit.cli.main import main
+from sdedit.evaluation import evaluate as measure
+from sdedit.evaluation import open_inputs
+from sdedit.export.features import open_lpips
 from sdedit.opinions import a_is_left, preference, trials
 
 COUNT = 12
@@ -114,6 +117,18 @@ def everything(folders, features, lpips) -> list[object]:
 # --- measures ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("with_features", [False, True])
+def test_the_pictures_that_each_network_sees_are_counted(with_features, folders, features, lpips):
+    inputs = open_inputs(folders["guides"], [folders["brighter"]], real=folders["real"])
+    told = []
+    networks = {"features": sdedit.open_features(features)} if with_features else {}
+    distance = open_lpips(lpips)
+    measure(inputs, lpips=distance, subset_size=6, on_pictures=lambda *now: told.append(now), **networks)
+    total = COUNT * (5 if with_features else 2)
+    assert told[-1] == (total, total)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
 def test_every_method_is_measured_as_the_library_measures_it(folders, features, lpips, pixels, masks, evaluate):
     report = evaluate(*everything(folders, features, lpips))
     rows = {row["method"]: row for row in report["methods"]}
@@ -175,6 +190,31 @@ def test_without_a_feature_network_there_is_l2_only_and_it_says_so(folders, caps
     assert said.err == "without --features there is no KID: L2 only\n"
     assert said.out.splitlines()[0] == "| method | L2 |"
     assert "KID: not measured" in said.out
+
+
+def test_names_that_folders_may_have_are_told_apart_and_fit_into_a_table(folders, fill, pixels, tmp_path, capsys):
+    odd = [fill("guide", pixels // 2 + 20), fill("we|ird", pixels // 2 + 30)]
+    report = tmp_path / "report.html"
+    assert main(["evaluate", "--guides", str(folders["guides"]), "--methods", *map(str, odd), "-o", str(report)]) == 0
+    assert "| we\\|ird | " in capsys.readouterr().out
+    page = report.read_text()
+    assert [f'alt="{label}: {min(NAMES)}"' in page for label in ("guides", "guide", "we|ird")] == [True] * 3
+    assert len(set(re.findall(r'src="([^"]+)"', page))) == 3 * 8
+
+
+def test_a_method_is_called_by_its_folders_name_however_it_is_reached(folders, evaluate, monkeypatch):
+    monkeypatch.chdir(folders["brighter"])
+    report = evaluate("--guides", "../in", "--methods", ".")
+    assert [row["method"] for row in report["methods"]] == ["guides", "brighter"]
+
+
+def test_masks_that_keep_no_pixel_say_nothing_of_what_is_outside(folders, fill, masks, evaluate):
+    given = ("--guides", folders["guides"], "--methods", folders["brighter"], "--masks")
+    full = evaluate(*given, fill("full", np.full_like(masks, 255)))
+    assert [row["outside"] for row in full["methods"]] == [None, None]
+    some = np.where(np.arange(COUNT)[:, None, None] == 0, masks, 255).astype(np.uint8)
+    outside = evaluate(*given, fill("some", some))["methods"][1]["outside"]
+    assert outside["value"] == pytest.approx(np.sqrt((8 * 12 - 24) * 3) * 10 / 255)
 
 
 # --- reports -------------------------------------------------------------------------------------------------------

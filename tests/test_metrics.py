@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -139,6 +140,12 @@ def test_l2_of_other_shapes_is_refused(pictures):
         sdedit.l2(pictures, pictures[:4])
     with pytest.raises(sdedit.OptionError, match=r"mask is \(8, 8\); wanted \(5, 8, 6\) or \(8, 6\)"):
         sdedit.l2(pictures, pictures, mask=np.zeros((8, 8)))
+    for mask in (0, "mask.png", np.zeros(pictures.shape[2])):
+        with pytest.raises(sdedit.OptionError, match="mask is "):
+            sdedit.l2(pictures, pictures, mask=mask)
+    for wrong in (pictures.astype(int), pictures.astype(float) + 2, np.full(pictures.shape, np.nan)):
+        with pytest.raises(sdedit.OptionError, match="not uint8, and not floats"):
+            sdedit.l2(wrong, wrong)
 
 
 # --- networks ------------------------------------------------------------------------------------------------------
@@ -222,6 +229,40 @@ def test_masked_lpips_sees_only_what_is_kept(root_mean_square, pictures):
     changed = np.where(mask[..., None] > 0, 255 - pictures, pictures)
     assert distance(pictures, changed, mask=mask) == pytest.approx(0)
     assert distance(pictures, changed, mask=255 - mask).min() > 0.1
+
+
+def test_what_a_distance_cannot_compare_is_refused(root_mean_square, pictures):
+    distance = torch_features.open_lpips(root_mean_square)
+    for pair in ((pictures[:0], pictures[:0]), (pictures / 255, pictures / 255)):
+        with pytest.raises(sdedit.OptionError, match=r"wanted uint8 \(N, H, W, 3\)"):
+            distance(*pair)
+    for pair, mask in (((pictures, pictures[:, 1:]), None), ((pictures, pictures), np.zeros((1, 2, 2), np.uint8))):
+        with pytest.raises(sdedit.OptionError, match=r"pictures are \(5, "):
+            distance(*pair, mask=mask)
+
+
+def test_features_that_are_no_numbers_name_their_network(tmp_path, pictures):
+    class Log(torch.nn.Module):
+        def forward(self, x):
+            return x.mean(dim=(2, 3)).log()
+
+    class Nothing(torch.nn.Module):
+        def forward(self, x):
+            return x[:, :0].mean(dim=(2, 3))
+
+    for net, said in ((Log(), "net.pt: returned NaN or Inf"), (Nothing(), r"net.pt: returned float32 \(5, 0\)")):
+        torch.jit.script(net).save(str(tmp_path / "net.pt"))
+        with pytest.raises(sdedit.ArtifactError, match=said):
+            torch_features.open_features(tmp_path / "net.pt", Convention(None, -1, 0))(0 * pictures)
+
+
+def test_the_whole_cause_of_a_failure_is_told(tmp_path, channel_means, pictures):
+    path = tmp_path / "FIXED.ONNX"
+    model = onnx.load(channel_means[0])
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, path)
+    with pytest.raises(sdedit.ArtifactError, match=r"FIXED.ONNX: cannot run .* Got: 5 Expected: 2"):
+        sdedit.open_features(path, Convention(None, -1, 1))(pictures)
 
 
 def test_networks_that_are_none_are_refused(tmp_path, channel_means, root_mean_square, pictures):
