@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     from sdedit.collage import compose
 
     patches = [parse_patch(text) for text in arguments.patch]
-    names = [name for name in (arguments.output, arguments.mask_out) if name is not None]
-    paths = [path for name in names for path in output_paths(Path(name), 1, (".png",))]
+    named = [(flag, name) for flag, name in (("-o", arguments.output), ("--mask-out", arguments.mask_out)) if name]
+    paths = [path for flag, name in named for path in output_paths(Path(name), 1, (".png",), flag=flag)]
     if len({path.resolve() for path in paths}) < len(paths):
         raise OptionError(f"{paths[0]}: is named for the collage and for the mask", hint="choose another name for one")
     inputs = [Path(arguments.target), *(Path(str(patch.source)) for patch in patches)]
@@ -56,13 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     made = compose(arguments.target, patches, grow=arguments.grow, feather=arguments.feather, blend=arguments.blend)
     for note in made.notes:
         say(note)
-    outputs = [
-        (path, output.png(np.atleast_3d(np.asarray(picture))))
-        for path, picture in zip(paths, (made.guide, made.mask), strict=False)
-    ]
-    together = len({path.parent.resolve() for path in paths}) == 1
-    for group in [outputs] if together else [[one] for one in outputs]:
-        output.write_all(group)
+    pictures = (output.png(np.atleast_3d(np.asarray(picture))) for picture in (made.guide, made.mask))
+    output.write_all(list(zip(paths, pictures, strict=False)))
     if arguments.json:
         print_json({"guide": arguments.output, "mask": arguments.mask_out, "notes": made.notes})
     else:

@@ -8,23 +8,29 @@ from numpy.typing import NDArray
 from sdedit.errors import BackendUnavailable, OptionError
 from sdedit.image import Pixels
 
+LEAST = 8  # pixels a side for Poisson blending: six of them have the target's gradients
 COARSEST = 8  # a pyramid ends before its shorter side is below this
 
 
 def poisson(target: Pixels, source: Pixels, inside: NDArray[np.bool_]) -> Pixels:
     """The gradients of `source` with the edges of `target` (Pérez et al. 2003, eq. 9). (H, W, 3) uint8.
 
-    inside: (H, W), a rectangle of at least 3x3. Raises OptionError, BackendUnavailable.
+    OpenCV's solver takes the gradients of the outermost 3 pixels from `target`. inside: (H, W), a rectangle of at
+    least 8x8. Raises OptionError, BackendUnavailable.
     """
     rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
-    if min(len(rows), len(columns)) < 3:
+    if min(len(rows), len(columns)) < LEAST:
         raise OptionError(
             f"a patch of {len(columns)}x{len(rows)} pixels is too small for Poisson blending",
-            hint="it takes 3x3 or more: its edge is the target's",
+            hint=f"it takes {LEAST}x{LEAST} or more: the gradients of its edge are the target's",
         )
-    middle = int(columns[0]) + len(columns) // 2, int(rows[0]) + len(rows) // 2  # seamlessClone places by the middle
     cv2 = _opencv()
-    blended: Pixels = cv2.seamlessClone(source, target, inside.astype(np.uint8) * 255, middle, cv2.NORMAL_CLONE)
+    around = ((1, 1), (1, 1), (0, 0))  # seamlessClone drops a mask's pixels at the picture's border
+    middle = int(columns[0]) + len(columns) // 2 + 1, int(rows[0]) + len(rows) // 2 + 1  # by which it places them
+    blended: Pixels = cv2.seamlessClone(
+        np.pad(source, around, "edge"), np.pad(target, around, "edge"), np.pad(inside, 1).astype(np.uint8) * 255,
+        middle, cv2.NORMAL_CLONE,
+    )[1:-1, 1:-1]  # fmt: skip
     return np.where(inside[..., None], blended, target)
 
 

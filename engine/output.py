@@ -1,10 +1,11 @@
-"""Writing results: to a temporary folder beside the targets, then renamed; all of them or none."""
+"""Writing results: to temporary folders beside the targets, then renamed; all of them or none."""
 
 import io
 import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,15 +67,18 @@ def _check(path: Path, force: bool, inputs: Sequence[Path]) -> None:
 
 
 def write_all(outputs: Sequence[tuple[Path, Writer]]) -> None:
-    """Write every file, or none and leave what was there; all go to the same folder. Raises OutputError."""
+    """Write every file, or none and leave what was there. Raises OutputError."""
     paths = [path for path, _ in outputs]
     current = paths[0]
     try:
-        with tempfile.TemporaryDirectory(prefix=".sdedit-", dir=current.parent) as scratch:
-            for number, (current, write) in enumerate(outputs):  # noqa: B007, named in the error
-                with open(os.path.join(scratch, f"new-{number}"), "wb") as file:
+        with ExitStack() as stack:
+            scratch = {path.parent: "" for path in paths}  # a folder beside the targets, from which they are renamed
+            for folder in scratch:
+                scratch[folder] = stack.enter_context(tempfile.TemporaryDirectory(prefix=".sdedit-", dir=folder))
+            for number, (current, write) in enumerate(outputs):
+                with open(os.path.join(scratch[current.parent], f"new-{number}"), "wb") as file:
                     write(file)
-            _exchange(paths, scratch)
+            _exchange([(path, scratch[path.parent]) for path in paths])
     except OSError as error:
         raise OutputError(
             f"{current}: cannot be written: {reason(error)}", hint="check the disk and the permissions"
@@ -95,11 +99,11 @@ def replace(path: Path, write: Writer) -> None:
         ) from error
 
 
-def _exchange(paths: Sequence[Path], scratch: str) -> None:
-    """Put the new files in place and the old ones into scratch; back again if that fails halfway."""
+def _exchange(files: Sequence[tuple[Path, str]]) -> None:
+    """Put the new files in place and the old ones into their scratch folders; back again if that fails halfway."""
     begun = []
     try:
-        for number, path in enumerate(paths):
+        for number, (path, scratch) in enumerate(files):
             begun.append((path, os.path.join(scratch, f"old-{number}"), os.path.lexists(path)))
             if begun[-1][2]:
                 os.rename(path, begun[-1][1])

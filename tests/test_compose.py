@@ -1,11 +1,14 @@
 """Collages and their masks, by hand; the classical blends by what defines them."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import sdedit
-from sdedit import Patch
+from sdedit import Patch, output
 from sdedit.cli.compose import parse_patch
 from sdedit.cli.main import main
 
@@ -54,9 +57,10 @@ def test_the_mask_grows_then_fades_in_even_steps_and_stops_at_the_border(target)
 
 
 @pytest.mark.parametrize("blend", ["poisson", "laplacian"])
-def test_a_patch_of_the_target_itself_in_its_place_changes_nothing(blend, target):
+@pytest.mark.parametrize("box", [(4, 4, 9, 8), (4, 0, 9, 8), (11, 8, 9, 8), (0, 0, 19, 15), (0, 0, 20, 16)])
+def test_a_patch_of_the_target_itself_in_its_place_changes_nothing(blend, box, target):
     pytest.importorskip("cv2")
-    made = np.asarray(sdedit.compose(target, [Patch(target, 4, 4, 9, 8)], blend=blend).guide)
+    made = np.asarray(sdedit.compose(target, [Patch(target, *box)], blend=blend).guide)
     assert np.abs(made.astype(int) - target).max() <= 1
 
 
@@ -126,6 +130,27 @@ def test_guide_and_mask_are_written_and_named(mask_out, shelf, target, source, c
     with Image.open(mask_out) as mask:
         assert mask.mode == "L"
         assert np.array_equal(np.asarray(mask), np.asarray(wanted.mask))
+
+
+def test_where_the_mask_cannot_be_written_the_guide_stays_as_it_was(shelf, monkeypatch, capsys):
+    Path("g.png").write_bytes(b"before")
+    monkeypatch.setattr(output.os, "replace", no_second(os.replace))
+    words = ["compose", "target.png", "--patch", "source.png@0,0,5,5", "-o", "g.png", "--force"]
+    assert main([*words, "--mask-out", "elsewhere/m.png"]) == 1
+    assert "elsewhere/m.png: cannot be written: full" in capsys.readouterr().err
+    assert Path("g.png").read_bytes() == b"before"
+    assert list(Path("elsewhere").iterdir()) == []
+
+
+def no_second(replace):
+    """os.replace, to one folder only."""
+
+    def to_here(old, new):
+        if Path(new).parent.name == "elsewhere":
+            raise OSError(28, "full")
+        replace(old, new)
+
+    return to_here
 
 
 def test_a_collage_can_be_edited_with_its_mask(shelf, network):
