@@ -20,7 +20,7 @@ from sdedit.cli.main import main
 FACTS = {
     "model": "closed-form", "backend": "ort-cpu", "precision": "fp32", "threads": 1, "provider": "CPU", "batch": 2,
     "steps": 4, "sampler": "em", "t0": 0.5, "spacing": "uniform", "eta": None, "repeats": 1, "gpu": None,
-    "noise": "numpy", "versions": {"numpy": "2"},
+    "noise": "numpy", "versions": {"numpy": "2"}, "conditions": {},
     "model_sha256": "0" * 64,
 }  # fmt: skip
 
@@ -100,6 +100,7 @@ def test_seconds_are_shared_by_the_rounds_and_every_visit_times_an_edit_at_least
 
 def row(*visits: dict[str, Any], **facts: Any) -> Row:
     machine = {
+        "warmup": 1,
         "cpu": "CPU", "cores": 2, "system": "Linux", "python": "3", "commit": None, "load_average": 0.1, "date": "now",
     }  # fmt: skip
     return rounds.make_row(FACTS | facts, visits, machine)

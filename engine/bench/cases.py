@@ -36,6 +36,7 @@ class Case:
     def label(self) -> str:
         """The case in the words it was asked for."""
         asked = [f"--{f.name} {value}" for f in AXES if (value := getattr(self, f.name)) not in (None, f.default)]
+        asked += [f"--set {name}={value:g}" for name, value in self.conditions]
         return " ".join([self.model or "the bundled model", *asked, *(["--fast"] if self.fast else [])])
 
     def edit_options(self) -> dict[str, Any]:

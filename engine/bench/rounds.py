@@ -25,7 +25,7 @@ class Bench:
         for case in cases:
             _check(case)
         self._cases, self._effort = list(cases), effort
-        self._conditions = machine.conditions()
+        self._conditions = machine.conditions() | {"warmup": effort.warmup}
         self._facts: list[dict[str, Any]] = []
         self._found: list[list[dict[str, Any]]] = [[] for _ in self._cases]
 

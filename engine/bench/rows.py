@@ -53,6 +53,9 @@ class Row:
     load_samples_ms: Sequence[float] = column(SAMPLES)
     first_edit_samples_ms: Sequence[float] = column(SAMPLES)
 
+    rounds: int = column(CONDITION)  # of all cases, this one's new processes
+    warmup: int = column(CONDITION)  # edits of each that are not timed, after its first
+    conditions: Mapping[str, float] = column(CONDITION)  # values of the model's further inputs
     provider: str = column(CONDITION)
     cpu: str = column(CONDITION)
     cores: int = column(CONDITION)
@@ -90,6 +93,7 @@ def make_row(facts: Mapping[str, Any], visits: Sequence[Mapping[str, Any]], mach
         **facts,
         **machine,
         runs=len(edits),
+        rounds=len(visits),
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,

@@ -56,6 +56,7 @@ def examine(case: Case) -> dict[str, Any]:
         **{name: getattr(backend, name) for name in ("precision", "threads", "provider")},
         "backend": backend.name,
         **{name: getattr(options, name) for name in ("batch", "steps", "sampler", "t0", "spacing", "eta", "repeats")},
+        "conditions": options.conditions,
         "gpu": gpu_name(editor),
         "noise": noise_maker() if tried.device_ms is None else None,
         "versions": record.versions(editor),
