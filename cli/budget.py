@@ -21,11 +21,12 @@ def spent_ms(editor: "Editor", arguments: argparse.Namespace, results: int) -> f
 
     from sdedit.image import FORMATS
 
-    width, height = editor.artifact.frame(arguments.size)
-    if arguments.mask:
-        with suppress(Exception), Image.open(arguments.guides[0], formats=FORMATS) as opened:
-            width, height = opened.size  # which alone is read; what is wrong with the rest, the edit says
-    pixels = width * height * results
+    sizes = [editor.artifact.frame(arguments.size)] * len(arguments.guides)
+    if arguments.mask:  # results are of their guides' sizes
+        for n, guide in enumerate(arguments.guides):
+            with suppress(Exception), Image.open(guide, formats=FORMATS) as opened:
+                sizes[n] = opened.size  # which alone is read; what is wrong with the rest, the edit says
+    pixels = sum(width * height for width, height in sizes) * results / len(sizes)
     return since_start_ms() + WRITING_MS + WRITING_MS_PER_MEGAPIXEL * pixels / 1e6
 
 

@@ -147,7 +147,8 @@ def try_backend(name: str) -> dict[str, Any]:
     import sdedit
 
     try:
-        sdedit.load(backend=name).edit(np.full((64, 64, 3), 128, np.uint8), steps=1)
+        with sdedit.load(backend=name) as editor:
+            editor.edit(np.full((64, 64, 3), 128, np.uint8), steps=1)
     except sdedit.SdeditError as error:
         return {"name": name, "works": False, "cause": str(error), "fix": error.hint}
     return {"name": name, "works": True, "cause": None, "fix": None}

@@ -33,7 +33,7 @@ class Budget:
 
 @dataclass
 class StepTimes:
-    """How long steps and their pictures have taken, in edits of one shape: in a calibration, then in every edit."""
+    """How long edits of one shape have taken: steps in a calibration, then in every edit; pictures in the first."""
 
     step_ms: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     finish_ms: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))

@@ -171,8 +171,10 @@ class Editor:
 
         All of the jobs have a mask or none has; each keeps its own seed, and its table where it has one. A short batch
         is filled up, so a result does not depend on its neighbours. For one thread at a time. `close` waits for the
-        block's end. options: resolved. Raises OptionError, NetworkError.
+        block's end. options: resolved; region is full. Raises OptionError, NetworkError.
         """
+        if options.region != "full":
+            raise OptionError("prepared jobs are edited as whole frames", hint="leave region out")
         table = plan(self.sde, **options.schedule())
         with self._executor(options, options.size) as executor:
             yield lambda jobs: [result(one.job, [one]) for one in run(jobs, options, table, executor)]

@@ -83,8 +83,9 @@ class HostExecutor:
     def run(self, batch: Batch, on_step: OnStep | None) -> tuple[Array, Pixels | None]:
         guide, mask = np.asarray(batch.guide), None if batch.mask is None else np.asarray(batch.mask)
         table, noise = batch.table, _noise(batch, guide.shape[1:])
-        start, inside = guide, None if mask is None else guide
+        edited, inside = guide, None if mask is None else guide
         for repeat in range(batch.repeats):
+            start = edited if repeat == 0 else blend(guide, edited, mask)
             x = perturb(start, table, noise, repeat=repeat)
             if self._draws_ahead and table.column("c").any():
                 noise.draw_ahead(repeat)
@@ -92,7 +93,6 @@ class HostExecutor:
                 self._evaluate, x, table, noise, repeat=repeat, guide=inside, mask=mask, on_step=on_step,
                 advance=None if batch.windows else compiled_steps(x, table, batch.seeds, repeat, inside, mask),
             )  # fmt: skip
-            start = blend(guide, edited, mask)
         return edited, None
 
     def warm_up(self, batch: Batch) -> None:

@@ -12,7 +12,6 @@ from sdedit.checks import whole
 from sdedit.editor import Editor
 from sdedit.errors import OptionError, SdeditError
 from sdedit.file_edits import FileEdits, RunBatch
-from sdedit.image import checked_fit
 from sdedit.jobs import Job
 from sdedit.ledger import FolderProgress, FolderResult, Ledger, in_order
 from sdedit.listing import GuideFile, guide_files
@@ -72,7 +71,6 @@ def folder_options(given: Mapping[str, Any], usual_batch: int, defaults: Mapping
         raise OptionError("a folder's pictures are edited as whole frames", hint="leave region out")
     if chosen.samples != 1:
         raise OptionError("a folder has one result a guide", hint="leave samples out, or take another seed and folder")
-    checked_fit(chosen.fit)  # once, not for every file
     return chosen
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from sdedit.checks import whole
 from sdedit.errors import OptionError
+from sdedit.image import checked_fit
 from sdedit.noise import checked_seed
 from sdedit.region import checked_region
 from sdedit.schedule import checked_spacing, checked_steps, checked_t0, resolve_eta
@@ -55,6 +56,7 @@ class EditOptions:
             spacing=checked_spacing(spacing if self.spacing is None else self.spacing),
             seed=checked_seed(self.seed),
             size=_size(self.size),
+            fit=checked_fit(self.fit),
             region=checked_region(self.region),
             conditions=_conditions(self.conditions),
             samples=count("samples"),

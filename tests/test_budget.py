@@ -2,6 +2,7 @@
 
 import json
 from collections import deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import sdedit
 from sdedit import budget, editor
 from sdedit.backends.ort import OrtBackend
 from sdedit.budget import Budget, StepTimes
+from sdedit.cli import budget as command_budget
 from sdedit.cli import main as cli
 
 GUIDE = np.full((8, 12, 3), 60, np.uint8)
@@ -202,3 +204,11 @@ def test_the_command_refuses_a_budget_that_is_gone_before_the_first_step(network
     assert cli.main(["edit", str(guide), "-m", str(network), "-o", str(out), "--max-ms", "1"]) == 2
     assert "the least possible is" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_writing_is_reckoned_by_the_guides_own_sizes_where_there_are_masks(editor, write_png, monkeypatch):
+    monkeypatch.setattr(command_budget, "since_start_ms", lambda: 0.0)
+    guides = [write_png(f"{side}.png", np.zeros((side, side, 3), np.uint8)) for side in (10, 1000, 1000)]
+    arguments = SimpleNamespace(guides=guides, size=None, mask=["mask.png"])
+    spent = command_budget.spent_ms(editor, arguments, 6)
+    assert spent == command_budget.WRITING_MS + 2 * 2.0001 * command_budget.WRITING_MS_PER_MEGAPIXEL

@@ -330,5 +330,7 @@ def test_warming_up_wants_what_an_edit_wants(fresh, labelled):
     sdedit.load(labelled, backend="ort-cpu").warmup(conditions={"class_label": 1})
     with pytest.raises(sdedit.OptionError, match="size is 24x16"):
         fresh.warmup(size=(24, 16))
+    with pytest.raises(sdedit.OptionError, match="unknown fit 'squeeze'"):
+        fresh.warmup(fit="squeeze")
     with pytest.raises(sdedit.OptionError, match="unknown option wide"):
         fresh.warmup(wide=True)

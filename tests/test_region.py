@@ -207,6 +207,14 @@ def test_a_window_is_recorded_and_replayed(free, picture, write_png, tmp_path):
     assert "--region" in refused.stderr
 
 
+def test_prepared_guides_are_edited_as_whole_frames(editor, picture):
+    with (
+        pytest.raises(sdedit.OptionError, match="edited as whole frames"),
+        sdedit.open_tuner(editor, [picture(12, 8)], region="auto"),
+    ):
+        pass
+
+
 def test_a_record_from_before_there_were_regions_is_a_full_frame(free, picture, write_png, tmp_path):
     guide = write_png("guide.png", picture(SIDE, SIDE))
     editor = sdedit.load(free, backend="ort-cpu", threads=1)

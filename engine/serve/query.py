@@ -7,7 +7,6 @@ from typing import Any
 from sdedit.backends import condition_values
 from sdedit.editor import Editor
 from sdedit.errors import OptionError
-from sdedit.image import checked_fit
 from sdedit.options import EditOptions, make_options
 from sdedit.serve.limits import Limits
 from sdedit.serve.refusal import Refusal
@@ -35,7 +34,6 @@ def read_options(fields: Iterable[tuple[str, str]], editor: Editor, batch: int, 
         else:
             given[name] = value
     options = make_options(given).resolved(editor.artifact.defaults)
-    checked_fit(options.fit)
     condition_values(editor.artifact, options.conditions)
     width, height = editor.artifact.frame(options.size)
     if options.size is not None and width * height > limits.max_frame:
