@@ -17,6 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ class Network:
 class Watch:
     """What `on_file` sees: the time of every tenth without the breaks, the network in the breaks, the resident set."""
 
-    def __init__(self, network: Network, size: int, images: int) -> None:
-        self._network, self._size, self._tenth = network, size, max(1, images // 10)
+    def __init__(self, network: Network, size: int, tenth: int) -> None:
+        self._network, self._size, self._tenth = network, size, tenth  # of images
         self.tenth_ms: list[float] = []
         self.network_ms: list[float] = []
         self.memory_mb: list[float] = []
@@ -103,22 +104,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, help="default: that of sdedit batch")
     arguments = parser.parse_args()
+    if arguments.images < 10 or arguments.images % 10:
+        parser.error(f"--images is {arguments.images}; wanted a positive multiple of 10: the job is timed in tenths")
+    tenth = arguments.images // 10
     editor = sdedit.load(backend="ort-cpu")
     network = Network(editor)
     rounds = [{size: network.ms_an_image(size) for size in SIZES} for _ in range(6)][1:]
     medians = {size: statistics.median(one[size] for one in rounds) for size in SIZES}
     best = min(medians, key=lambda size: medians[size])
     options = {"steps": arguments.steps} | ({} if arguments.batch is None else {"batch": arguments.batch})
-    watch = Watch(network, best, arguments.images)
+    watch = Watch(network, best, tenth)
     with tempfile.TemporaryDirectory() as guides, tempfile.TemporaryDirectory() as out:
         write_guides(Path(guides), arguments.images)
         result = sdedit.edit_folder(editor, guides, out, on_file=watch, **options)
-    evaluations = arguments.images // 10 * arguments.steps
+    evaluations = tenth * arguments.steps
     ratios = [
         ms / (evaluations * (before + after) / 2)
-        for ms, before, after in zip(watch.tenth_ms, watch.network_ms, watch.network_ms[1:], strict=False)
+        for ms, (before, after) in zip(watch.tenth_ms, pairwise(watch.network_ms), strict=True)
     ]
-    tenth = arguments.images // 10
     first, last = max(watch.memory_mb[1 : tenth + 1]), max(watch.memory_mb[-tenth:])
     found = {
         "conditions": {
