@@ -166,13 +166,59 @@ def test_the_papers_loop_is_ours_with_every_level_as_a_step(peers, picture, monk
     assert levels_apart(made, ours(peers, picture, steps, t0).images[0]).max() <= 1
 
 
-def test_the_networks_time_is_counted_and_only_that(peers, picture):
-    asked = setting(peers)
-    peers[0].PEERS["onnxruntime"][0](asked)(picture)
-    assert asked.clock.network_s > 0
-    edit = peers[0].our_edit(counted := setting(peers), backend="ort-cpu")
-    edit(picture)
-    assert counted.clock.network_s > 0
+class Seconds:
+    """A clock that stands still, but for what is said to take time."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def taking(self, seconds, function):
+        def slowed(*arguments, **options):
+            self.now += seconds
+            return function(*arguments, **options)
+
+        return slowed
+
+
+@pytest.mark.parametrize("name", ["torch eager", "original loop", "onnxruntime", "openvino fp32"])
+def test_the_networks_time_is_counted_and_only_that(peers, picture, monkeypatch, name):
+    if name.startswith("openvino"):
+        pytest.importorskip("openvino")
+    loops, seconds, steps = peers[0], Seconds(), 4
+    monkeypatch.setattr(loops, "time", seconds)
+    monkeypatch.setattr(loops, "to_picture", seconds.taking(100, loops.to_picture))
+    noise = seconds.taking(100, lambda *_, **__: np.zeros(SHAPE, np.float32))
+    with_noise_in_torch(monkeypatch, noise)
+    monkeypatch.setattr(np.random, "default_rng", lambda *_: type("Noise", (), {"standard_normal": noise}))
+
+    class Clock(loops.Clock):
+        def timed(self, network):
+            return super().timed(seconds.taking(1, network))
+
+    asked = setting(peers, steps, t0=steps / 1000)  # with every level, as the original loop has it
+    asked.clock = Clock()
+    open_peer, options = loops.PEERS[name]
+    open_peer(asked, **options)(picture)
+    assert asked.clock.network_s == steps
+    assert seconds.now >= 100 * (steps + 1)
+
+
+def test_of_our_own_edits_the_engines_network_time_counts(peers, picture, monkeypatch):
+    asked, results, edit = setting(peers), [], sdedit.Editor.edit
+
+    def kept(*given, **options):
+        results.append(edit(*given, **options))
+        return results[-1]
+
+    monkeypatch.setattr(sdedit.Editor, "edit", kept)
+    edits = peers[0].our_edit(asked, backend="ort-cpu")
+    for _ in range(2):
+        edits(picture)
+    assert 1e3 * asked.clock.network_s == pytest.approx(sum(one.timings.network_ms for one in results))
+    assert all(0 < one.timings.network_ms < one.timings.total_ms for one in results)
 
 
 def turn(edit_ms, network_ms, others=0.0):
