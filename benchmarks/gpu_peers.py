@@ -14,15 +14,13 @@ and left out. The result is written after every step.
 
 import argparse
 import json
-import os
-import queue
 import shutil
 import subprocess
-import sys
 import tempfile
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,9 @@ from typing import Any
 import numpy as np
 from gpu_peer_loops import BUNDLED, CONTESTANTS, LEVELS, OURS, SCHEDULER, Setting, levels, network_input
 from gpu_peers_table import table
+from kept import keep
 from peers import conditions
+from processes import Process, Row, serve
 
 import sdedit
 
@@ -44,40 +44,26 @@ SOME = (
 )
 CONTESTANTS_OF = {BUNDLED: SOME, "ddpm-256": LARGE}  # of the others, all
 
-Row = dict[str, Any]
-
 
 # --- a contestant's process ------------------------------------------------------------------------------------------
 
 
-def serve(name: str) -> None:
-    """One answer in JSON for every line on stdin; the first line is the setting."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # libraries may print
-    contestant, picture = None, np.zeros((0, 0, 3), np.uint8)
-    for line in sys.stdin:
-        word, _, rest = line.strip().partition(" ")
-        try:
-            if word == "open":
-                told = json.loads(rest)
-                paths = {key: told[key] and Path(told[key]) for key in ("fp32", "fp16")}
-                setting = Setting(**told | paths)
-                kind, options = CONTESTANTS[name]
-                contestant = kind(setting, **options)
-                picture = a_picture(setting)
-                answer: Row = {"opened": True}
-            elif contestant is None:
-                answer = {"failed": "not open"}
-            elif word == "check":
-                for what, found in contestant.check(picture).items():
-                    np.save(rest, found)
-                    answer = {"compared": what, "said": contestant.said()}
-            else:
-                answer = {"edit_ms": [timed(contestant, picture, int(rest)) for _ in range(COUNTED + 1)][1:]}
-                answer["said"] = contestant.said()
-        except Exception as error:  # whatever: it is this row's
-            answer = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
-        print(json.dumps(answer), file=answers, flush=True)
+def open_contestant(name: str, told: Row) -> Callable[[str], Row]:
+    """What answers `check FILE.npy` and `edit BATCH`."""
+    setting = Setting(**told | {key: told[key] and Path(told[key]) for key in ("fp32", "fp16")})
+    kind, options = CONTESTANTS[name]
+    contestant, picture = kind(setting, **options), a_picture(setting)
+
+    def respond(line: str) -> Row:
+        word, _, rest = line.partition(" ")
+        if word == "check":
+            ((what, found),) = contestant.check(picture).items()
+            np.save(rest, found)
+            return {"compared": what, "said": contestant.said()}
+        edit_ms = [timed(contestant, picture, int(rest)) for _ in range(COUNTED + 1)][1:]
+        return {"edit_ms": edit_ms, "said": contestant.said()}
+
+    return respond
 
 
 def timed(contestant: Any, picture: Any, batch: int) -> float:
@@ -93,52 +79,17 @@ def a_picture(setting: Setting) -> Any:
     return np.random.default_rng(0).integers(0, 256, (setting.size, setting.size, 3), np.uint8)
 
 
-class Process:
-    """The other end of `serve`. Every answer has a time limit; after a failure there are no more."""
+class Contestant(Process):
+    """Opens beside the others: its first answer is for later."""
 
-    def __init__(self, network: str, name: str, log: Path) -> None:
-        self.network, self.name, self.failed = network, name, ""
-        self._log = log
-        with log.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=stderr, text=True, encoding="utf-8",
-                env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "5", "HF_HUB_OFFLINE": "1"},
-            )  # fmt: skip
-        self._answers: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def say(self, line: str) -> None:
-        try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            pass  # it died: heard next
-
-    def hear(self, seconds: float) -> Row:
-        try:
-            line = self._answers.get(timeout=max(0.1, seconds))
-        except queue.Empty:
-            line = json.dumps({"failed": f"no answer in {max(0.1, seconds):.0f} s"})
-        if not line:
-            said = self._log.read_text("utf-8", "replace").strip().splitlines()
-            line = json.dumps({"failed": f"died: {said[-1] if said else 'silently'}"})
-        answer: Row = json.loads(line)
-        self.failed = answer.get("failed", "")
-        if self.failed:
-            self.close()
-        return answer
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._answers.put(line)
-        self._answers.put("")
+    def __init__(self, setting: Setting, contestant: str) -> None:
+        self.network, self.contestant = setting.network, contestant
+        told = asdict(setting)
+        told |= {key: told[key] and str(told[key].resolve()) for key in ("fp32", "fp16")}
+        super().__init__(
+            f"{self.network}: {contestant}", [__file__, "--serve", contestant], told,
+            TORCHINDUCTOR_COMPILE_THREADS="5", HF_HUB_OFFLINE="1",
+        )  # fmt: skip
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -233,7 +184,7 @@ class Measurement:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments, self._began = arguments, time.monotonic()
-        self.processes: list[Process] = []
+        self.contestants: list[Contestant] = []
         about = conditions()
         about["versions"] |= versions()
         self.rows: dict[tuple[str, str], Row] = {}
@@ -252,18 +203,15 @@ class Measurement:
     def write(self) -> None:
         self.result["rows"] = list(self.rows.values())
         if self._arguments.output is not None:
-            partly = self._arguments.output.with_suffix(".part")
-            partly.write_text(json.dumps(self.result, indent=1) + "\n", "utf-8")
-            os.replace(partly, self._arguments.output)
+            keep(self._arguments.output, self.result)
 
-    def note(self, process: Process, **found: Any) -> None:
+    def note(self, one: Contestant, **found: Any) -> None:
         row = self.rows.setdefault(
-            (process.network, process.name), {"network": process.network, "name": process.name, "edit_ms": {}}
+            (one.network, one.contestant), {"network": one.network, "name": one.contestant, "edit_ms": {}}
         )
         row.update(found)
-        if process.failed:
-            row["skipped"] = process.failed
-            self.say(f"{process.network}: {process.name}: skipped: {process.failed}")
+        if one.failed:
+            row["skipped"] = one.failed
         self.write()
 
     def open_all(self, settings: list[Setting], names: list[str] | None) -> None:
@@ -271,41 +219,33 @@ class Measurement:
             for name in names or CONTESTANTS_OF.get(setting.network, tuple(CONTESTANTS)):
                 if setting.network == BUNDLED and name == SCHEDULER:
                     continue
-                log = self._arguments.scratch / f"{len(self.processes)}.log"
-                process = Process(setting.network, name, log)
-                self.processes.append(process)
-                told = asdict(setting)
-                told |= {key: told[key] and str(told[key].resolve()) for key in ("fp32", "fp16")}
-                process.say("open " + json.dumps(told))
-        self.say(f"{len(self.processes)} contestants are opening")
+                self.contestants.append(Contestant(setting, name))
+        self.say(f"{len(self.contestants)} contestants are opening")
 
     def hear_opened(self) -> None:
         until = time.monotonic() + self._arguments.open_seconds
-        for process in self.processes:
-            process.hear(until - time.monotonic())
-            self.note(process)
+        for one in self.contestants:
+            one.hear(until - time.monotonic())
+            self.note(one)
         self.say("open")
 
     def check(self, wanted: dict[str, dict[str, Any]], batches: list[int]) -> None:
-        for number, process in enumerate(self.processes):
-            if process.failed:
+        for one in self.contestants:
+            if one.failed:
                 continue
-            path = self._arguments.scratch / f"{number}.npy"
-            process.say(f"check {path}")
-            answer = process.hear(min(60, self.left()))
+            path = self._arguments.scratch / "checked.npy"
+            answer = one.ask(f"check {path}", min(60, self.left()))
             found: Row = {}
-            if not process.failed and (reference := wanted[process.network].get(answer["compared"])) is not None:
-                found = {"compared": answer["compared"], **compare(process.name, np.load(path), reference)}
+            if not one.failed and (reference := wanted[one.network].get(answer["compared"])) is not None:
+                found = {"compared": answer["compared"], **compare(one.contestant, np.load(path), reference)}
                 self.say(
-                    f"{process.network}: {process.name}: {found['compared']} {found['largest_error']:.1e} from ort-cpu"
+                    f"{one.name}: {found['compared']} {found['largest_error']:.1e} from ort-cpu"
                     f"{'' if found['agrees'] else ', which is TOO FAR'}  {json.dumps(answer['said'])}"
                 )
-            self.note(process, said=answer.get("said"), **found)
+            self.note(one, said=answer.get("said"), **found)
             for batch in batches:
-                if not process.failed:
-                    process.say(f"edit {batch}")
-                    process.hear(min(60, self.left()))
-                    self.note(process)
+                one.ask(f"edit {batch}", min(60, self.left()))
+            self.note(one)
 
     def rounds(self, batches: list[int]) -> None:
         for number in range(self._arguments.rounds):
@@ -313,16 +253,15 @@ class Measurement:
                 self.say("no time for further rounds")
                 break
             for batch in batches:
-                for process in self.processes if number % 2 == 0 else reversed(self.processes):
-                    if process.failed:
+                for one in self.contestants if number % 2 == 0 else reversed(self.contestants):
+                    if one.failed:
                         continue
-                    process.say(f"edit {batch}")
-                    answer = process.hear(min(30, self.left()))
-                    if not process.failed:
-                        row = self.rows[process.network, process.name]
+                    answer = one.ask(f"edit {batch}", min(30, self.left()))
+                    if not one.failed:
+                        row = self.rows[one.network, one.contestant]
                         row["edit_ms"].setdefault(str(batch), []).append(answer["edit_ms"])
                         row["said"] = answer["said"]
-                    self.note(process)
+                    self.note(one)
             self.result["conditions"]["nvidia_smi"].append(smi())
             self.say(f"round {number + 1}")
             self.write()
@@ -345,7 +284,7 @@ def main() -> None:
     parser.add_argument("--serve", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve is not None:
-        return serve(arguments.serve)
+        return serve(partial(open_contestant, arguments.serve))
     if arguments.list:
         return print(*CONTESTANTS, sep="\n")
     batches = [int(word) for word in arguments.batches.split(",")]
@@ -363,8 +302,8 @@ def main() -> None:
             measurement.check(wanted, batches)
             measurement.rounds(batches)
         finally:
-            for process in measurement.processes:
-                process.close()
+            for one in measurement.contestants:
+                one.close()
             measurement.write()
     return print(table(measurement.result))
 

@@ -7,7 +7,7 @@ Random weights cost what trained ones do. Everything is made once and kept in a 
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,15 @@ class Network:
     @property
     def size(self) -> int:
         return SIZES[self.name]
+
+    def described(self) -> dict[str, str | None]:
+        """For another process, as JSON."""
+        return {name: value and str(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> "Network":
+        paths = {name: described[name] and Path(described[name]) for name in ("folder", "artifact", "int8")}
+        return cls(**described | paths)
 
 
 SIZES = {BUNDLED: 64, "unet-64": 64, "ddpm-256": 256, "ncsnpp-256": 256, "tiny": 16}

@@ -4,10 +4,11 @@ python benchmarks/peers.py [--network unet-64] [--steps 50] [--rounds 5] [--json
 python benchmarks/peers.py --first 3 --json FILE                                         time to the first edit
 python benchmarks/peers.py --table FILE                                                  the table of what was kept
 
-Every peer lives in a process of its own and waits there for its turn. A round is one edit of each, in turn, every
-second round backwards; before the first, each makes a short one that is not counted. An edit is timed by the host's
-clock in its process, uint8 pixels in and out, batch 1, all cores; the network by the same clock around its calls; what
-is left is outside the network. Ratios are taken within a round. With --json, rounds are added to those in FILE.
+Every peer lives in a process of its own and waits there for its turn; one that fails is named and left out. A round is
+one edit of each, in turn, every second round backwards; before the first, each makes a short one that is not counted.
+An edit is timed by the host's clock in its process, uint8 pixels in and out, batch 1, all cores; the network by the
+same clock around its calls; what is left is outside the network. Ratios are taken within a round. With --json, rounds
+are added to those in FILE.
 """
 
 import argparse
@@ -20,14 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from kept import keep
 from peer_networks import NAMES, VP, Network, network
+from processes import Process, Row, serve
 
 import sdedit
 
@@ -42,87 +46,44 @@ Round = dict[str, dict[str, float]]
 # --- a peer's process ------------------------------------------------------------------------------------------------
 
 
-def serve(name: str, request: dict[str, Any]) -> None:
-    """Open a peer; then one edit for every line on stdin, one line of JSON for each."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # libraries may print
-
-    def answer(**found: Any) -> None:
-        print(json.dumps(found), file=answers, flush=True)
-
+def open_peer(name: str, request: Row) -> Callable[[str], Row]:
+    """What makes an edit for every line, and says how long it took."""
     import numpy as np
     from peer_loops import PEERS, Setting
 
-    described = request["network"]
-    paths = {key: described[key] and Path(described[key]) for key in ("folder", "artifact", "int8")}
-    used = Network(described["name"], described["kind"], **paths)
+    used = Network.of(request["network"])
     setting = Setting(used, *(request[name] for name in ("steps", "t0", "sigmas", "sampler", "spacing")))
-    open_peer, options = PEERS[name]
-    try:
-        edit = open_peer(setting, **options)
-    except (sdedit.SdeditError, ImportError, LookupError, FileNotFoundError) as error:
-        return answer(skipped=str(error))
-    answer(opened=True)
-    size = setting.network.size
-    picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
-    for line in sys.stdin:
-        if line == "warm up\n":
+    make, options = PEERS[name]
+    edit = make(setting, **options)
+    picture = np.random.default_rng(0).integers(0, 256, (used.size, used.size, 3), np.uint8)
+
+    def respond(line: str) -> Row:
+        if line == "warm up":
             with setting.shortened():
                 edit(picture)
-            answer(warm=True)
-            continue
+            return {}
         setting.clock.network_s = 0.0
         began = time.perf_counter()
         made = edit(picture)
         edit_ms = 1e3 * (time.perf_counter() - began)
         if made.shape != picture.shape or made.dtype != np.uint8:
-            return answer(skipped=f"made {made.dtype} {made.shape}")
-        answer(edit_ms=edit_ms, network_ms=1e3 * setting.clock.network_s)
-    return None
+            raise ValueError(f"made {made.dtype} {made.shape}")
+        return {"edit_ms": edit_ms, "network_ms": 1e3 * setting.clock.network_s}
+
+    return respond
 
 
-class Peer:
-    """The other end of `serve`."""
-
-    def __init__(self, name: str, request: dict[str, Any]) -> None:
-        self.name = name
-        command = [sys.executable, __file__, "--serve", name]
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (a pipe could fill up)
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True, encoding="utf-8"
-        )
-        self._say(json.dumps(request))
-        self.skipped: str | None = self._hear().get("skipped")
-
-    def warm_up(self) -> None:
-        self._say("warm up")
-        self._hear()
+class Peer(Process):
+    def __init__(self, name: str, request: Row) -> None:
+        super().__init__(name, [__file__, "--serve", name], request)
+        self.hear()
 
     def edit(self) -> dict[str, float]:
         """One edit's times, and the share of this machine's CPU time that went to other processes meanwhile."""
-        before = cpu_seconds(self._process.pid)
-        self._say("edit")
-        found = self._hear()
-        busy, own, idle = (after - was for after, was in zip(cpu_seconds(self._process.pid), before, strict=True))
+        before = cpu_seconds(self.pid)
+        found = self.ask("edit")
+        busy, own, idle = (after - was for after, was in zip(cpu_seconds(self.pid), before, strict=True))
         return found | {"others": max(0.0, busy - own) / (busy + idle) if busy + idle > 0 else 0.0}
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def _say(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-
-    def _hear(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._stderr.seek(0)
-            raise SystemExit(f"error: {self.name} died:\n{self._stderr.read().decode(errors='replace')}")
-        return dict(json.loads(line))
 
 
 def cpu_seconds(pid: int) -> tuple[float, float, float]:
@@ -137,67 +98,54 @@ def cpu_seconds(pid: int) -> tuple[float, float, float]:
     return (sum(whole[:8]) - idle) / ticks, (int(own[11]) + int(own[12])) / ticks, idle / ticks
 
 
-@contextmanager
-def opened(names: Sequence[str], request: dict[str, Any]) -> Iterator[list[Peer]]:
-    """The peers that there are here; the others are named on stderr."""
-    with ExitStack() as held:
-        peers = []
-        for name in names:
-            peer = Peer(name, request)
-            held.callback(peer.close)
-            if peer.skipped is not None:
-                print(f"skipped: {name}: {peer.skipped}", file=sys.stderr)
-            else:
-                peers.append(peer)
-        yield peers
-
-
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure_rounds(names: Sequence[str], request: dict[str, Any], rounds: int, seconds: float) -> Iterator[Round]:
+def measure_rounds(names: Sequence[str], request: Row, rounds: int, seconds: float) -> Iterator[Round]:
     """Interleaved rounds; none is begun after `seconds`."""
     began = time.monotonic()  # opening counts
-    with opened(names, request) as peers:
+    with ExitStack() as held:
+        peers = [held.enter_context(closing(Peer(name, request))) for name in names]
         for peer in peers:
             if peer.name != PAPER:  # whose edits are long enough
-                peer.warm_up()
+                peer.ask("warm up")
         for number in range(rounds):
             if time.monotonic() - began > seconds:
                 return
             found: Round = {}
             for peer in peers if number % 2 == 0 else reversed(peers):
+                if peer.failed:
+                    continue
                 time.sleep(PAUSE_S)
-                found[peer.name] = peer.edit()
+                one = peer.edit()
+                if not peer.failed:
+                    found[peer.name] = one
+            if not found:
+                return
             yield found
 
 
-def measure_first(names: Sequence[str], request: dict[str, Any], rounds: int) -> Iterator[Round]:
+def measure_first(names: Sequence[str], request: Row, rounds: int) -> Iterator[Round]:
     """From the start of a process to its first edit: imports, loading and compiling included."""
     for number in range(rounds):
         found: Round = {}
         for name in names if number % 2 == 0 else reversed(names):
             time.sleep(PAUSE_S)
             began = time.perf_counter()
-            peer = Peer(name, request)
-            if peer.skipped is None:
-                found[name] = peer.edit() | {"first_ms": 1e3 * (time.perf_counter() - began)}
-            peer.close()
+            with closing(Peer(name, request)) as peer:
+                one = peer.edit() | {"first_ms": 1e3 * (time.perf_counter() - began)}
+                if not peer.failed:
+                    found[name] = one
         yield found
 
 
-def make_request(
-    used: Network, steps: int, t0: float, sampler: str | None = None, spacing: str = "uniform"
-) -> dict[str, Any]:
+def make_request(used: Network, steps: int, t0: float, sampler: str | None = None, spacing: str = "uniform") -> Row:
     editor = sdedit.load(used.artifact, backend="ort-cpu")
     sampler = sampler or ("ancestral" if used.kind == VP else "em")
     table = sdedit.plan(editor.sde, t0=t0, steps=steps, sampler=sampler, spacing=spacing)
-    described = {"name": used.name, "kind": used.kind, "folder": str(used.folder), "artifact": str(used.artifact)}
-    described |= {"int8": used.int8 and str(used.int8)}
-    described |= {"sha256": editor.artifact.sha256}
     sigmas = [*table.column("sigma").tolist(), 0.0]
     asked = {"steps": steps, "t0": t0, "sampler": sampler, "spacing": spacing}
-    return {"network": described, "sigmas": sigmas, **asked}
+    return {"network": used.described(), "artifact_sha256": editor.artifact.sha256, "sigmas": sigmas, **asked}
 
 
 def conditions() -> dict[str, Any]:
@@ -341,7 +289,7 @@ def main() -> None:
     parser.add_argument("--serve", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve is not None:
-        return serve(arguments.serve, json.loads(sys.stdin.readline()))
+        return serve(partial(open_peer, arguments.serve))
     if arguments.table is not None:
         try:
             return print(tables(json.loads(arguments.table.read_text("utf-8"))), end="")
@@ -359,7 +307,7 @@ def main() -> None:
     request = make_request(used, arguments.steps, arguments.t0, arguments.sampler, arguments.spacing)
     asked = {name: request[name] for name in ("steps", "t0", "sampler", "spacing")}
     kept = load_kept(arguments.json, {"network": used.name, **asked})
-    about = {"artifact_sha256": request["network"]["sha256"], **conditions()}
+    about = {"artifact_sha256": request["artifact_sha256"], **conditions()}
     call: dict[str, Any] = {"conditions": about, "rounds": [], "first": []}
     kept["calls"].append(call)
     if arguments.first is not None:
@@ -369,8 +317,11 @@ def main() -> None:
     for one in found:
         call[part].append(one)
         if arguments.json is not None:
-            arguments.json.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+            keep(arguments.json, kept)
         print(f"{part}: {len(call[part])}", file=sys.stderr)
+    if not any(call[part]):
+        limit = f"--seconds {arguments.seconds:g}"
+        raise SystemExit(f"error: there was no round: every peer was skipped, or opening them took longer than {limit}")
     return print(tables(kept), end="")
 
 

@@ -253,4 +253,30 @@ def test_a_peer_that_is_not_there_is_named_and_the_others_are_measured(peers, ca
     assert list(found) == ["sdedit"]
     assert found["sdedit"]["edit_ms"] > found["sdedit"]["network_ms"] > 0
     assert 0 <= found["sdedit"]["others"] <= 1
-    assert "skipped: openvino int8: tiny has no int8 artifact" in capfd.readouterr().err
+    assert "skipped: openvino int8: FileNotFoundError: tiny has no int8 artifact" in capfd.readouterr().err
+
+
+def test_a_peer_that_dies_is_left_out_from_then_on_and_the_rounds_end_with_the_last(peers, monkeypatch):
+    program = peers[1]
+
+    class Mortal:
+        """A peer with a limited number of edits in it."""
+
+        def __init__(self, name, lives):
+            self.name, self.failed, self._lives = name, "", lives[name]
+
+        def ask(self, line):
+            return {}
+
+        def edit(self):
+            self._lives -= 1
+            self.failed = "died" if self._lives < 0 else ""
+            return {"failed": "died"} if self.failed else turn(1.0, 0.5)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(program, "Peer", Mortal)
+    monkeypatch.setattr(program, "PAUSE_S", 0)
+    rounds = list(program.measure_rounds(["a", "b"], {"a": 2, "b": 1}, 5, 60))
+    assert [sorted(one) for one in rounds] == [["a", "b"], ["a"]]
