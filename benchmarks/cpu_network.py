@@ -24,28 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peer_networks import CONFIGURATIONS, SIZES
 
 import sdedit
 
-UNETS: dict[str, dict[str, Any]] = {
-    "unet-64": {
-        "sample_size": 64,
-        "block_out_channels": (64, 64, 128, 128),
-        "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    },
-    "ddpm-256": {
-        "sample_size": 256,
-        "block_out_channels": (128, 128, 256, 256, 512, 512),
-        "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
-        "attention_head_dim": None,
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "norm_eps": 1e-6,
-    },
-}
+NETWORKS = ("unet-64", "ddpm-256")
 EAGER = "torch eager"
 TORCH: dict[str, dict[str, bool]] = {
     EAGER: {},
@@ -71,7 +54,7 @@ Evaluate = Callable[[], object]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The network alone on a CPU, in torch, ONNX Runtime and OpenVINO.")
-    parser.add_argument("network", choices=UNETS)
+    parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("folder", type=Path, help="where weights and artifacts lie")
     parser.add_argument("--build", action="store_true", help="make them")
     parser.add_argument("--rounds", type=int, default=10)
@@ -97,7 +80,8 @@ def build(network: str, folder: Path) -> None:
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
-    DDPMPipeline(UNet2DModel(**UNETS[network]), DDPMScheduler()).save_pretrained(folder / network)
+    unet = UNet2DModel(sample_size=SIZES[network], **CONFIGURATIONS[network])
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder / network)
     fp32, int8 = artifact(network, folder, "fp32"), artifact(network, folder, "int8")
     for source, target, precision in ((folder / network, fp32, "fp32"), (fp32, int8, "int8")):
         command = ["export", source, "-o", target, "--precision", precision, "--force"]
@@ -115,7 +99,7 @@ def serve(name: str, network: str, folder: Path, each: int) -> None:
     """Open a configuration; then one turn for every line on stdin, one line of JSON for each."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries may print
-    size = UNETS[network]["sample_size"]
+    size = SIZES[network]
     x = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
     try:
         if name in TORCH:
