@@ -1,34 +1,35 @@
 """The network alone on a CPU: the same weights in torch, ONNX Runtime and OpenVINO, in every precision they have.
 
-python benchmarks/cpu_network.py NETWORK FOLDER --build     random weights, exported in fp32 and int8, kept in FOLDER
-python benchmarks/cpu_network.py NETWORK FOLDER [--rounds 10] [--each 5] [--only NAME,…] [-o FILE.json]
+python benchmarks/cpu_network.py [--network unet-64] [--rounds 10] [--each 5] [--only NAME,…] [-o FILE.json]
 
-NETWORK: unet-64 (diffusers' UNet2DModel, 7.5 M parameters) or ddpm-256 (google/ddpm-celebahq-256, 114 M). Every
-configuration lives in a process of its own and waits there for its turn, so that no library's idle threads run beside
-another. A turn is a pause, one evaluation that is not counted, and `--each` that are; a round is one turn of each.
-Ratios are taken within a round: torch eager over the configuration. Batch 1, all cores this process may use.
+unet-64 (diffusers' UNet2DModel, 7.5 M parameters) or ddpm-256 (google/ddpm-celebahq-256, 114 M) with random weights, as
+for peers.py, in the same folder: made where there is none yet, the int8 artifact in minutes. Every configuration lives
+in a process of its own and waits there for its turn, so that no library's idle threads run beside another; one that
+fails is named and left out. A turn is a pause, one evaluation that is not counted, and `--each` that are; a round is
+one turn of each. Ratios are taken within a round: torch eager over the configuration. Batch 1, all cores this process
+may use.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peer_networks import CONFIGURATIONS, SIZES
+from kept import keep
+from peer_networks import NETWORKS, Network, network
+from processes import Process, Row, serve
 
 import sdedit
 
-NETWORKS = ("unet-64", "ddpm-256")
 EAGER = "torch eager"
 TORCH: dict[str, dict[str, bool]] = {
     EAGER: {},
@@ -37,13 +38,13 @@ TORCH: dict[str, dict[str, bool]] = {
     "torch bf16": {"channels_last": True, "bf16": True},
     "torch bf16 compile": {"channels_last": True, "bf16": True, "compiled": True},
 }
-OURS: dict[str, dict[str, Any]] = {  # `file` and the keywords of sdedit.load
+OURS: dict[str, dict[str, Any]] = {  # int8, and the keywords of sdedit.load
     "ort-cpu fp32": {"backend": "ort-cpu"},
-    "ort-cpu int8": {"file": "int8", "backend": "ort-cpu"},
+    "ort-cpu int8": {"int8": True, "backend": "ort-cpu"},
     "openvino fp32": {"backend": "openvino"},
     "openvino bf16": {"backend": "openvino", "precision": "bf16"},
     "openvino fp16": {"backend": "openvino", "precision": "fp16"},
-    "openvino int8": {"file": "int8", "backend": "openvino"},
+    "openvino int8": {"int8": True, "backend": "openvino"},
     "sdedit --fast": {"fast": True},
 }
 PACKAGES = ("numpy", "torch", "diffusers", "onnxruntime", "openvino", "sdedit-engine")
@@ -54,81 +55,61 @@ Evaluate = Callable[[], object]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The network alone on a CPU, in torch, ONNX Runtime and OpenVINO.")
-    parser.add_argument("network", choices=NETWORKS)
-    parser.add_argument("folder", type=Path, help="where weights and artifacts lie")
-    parser.add_argument("--build", action="store_true", help="make them")
+    parser.add_argument("--network", choices=("unet-64", "ddpm-256"), default="unet-64")
+    parser.add_argument("--networks", type=Path, default=NETWORKS, metavar="DIR", help="where they are made and kept")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--each", type=int, default=5, help="evaluations counted in a turn")
     parser.add_argument("--seconds", type=float, default=3600, help="no round is begun after as long")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[*TORCH, *OURS], metavar="NAME,…")
-    parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path, help="write what there is here, after every round")
+    parser.add_argument("--serve", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.build:
-        build(arguments.network, arguments.folder)
-    elif arguments.serve:
-        serve(arguments.serve, arguments.network, arguments.folder, arguments.each)
-    else:
-        found = measure(arguments)
-        print(table(found))
+    if arguments.serve is not None:
+        return serve(partial(open_configuration, arguments.serve))
+    if unknown := set(arguments.only) - {*TORCH, *OURS}:
+        parser.error(f"nothing is called {', '.join(sorted(unknown))}; there are {', '.join([*TORCH, *OURS])}")
+    used = network(arguments.network, arguments.networks, int8=True)
+    found: Row = {"conditions": conditions(arguments), "configurations": {}}
+    for rows in measure(arguments.only, used, arguments.each, arguments.rounds, arguments.seconds):
+        found["configurations"] = {name: row | summary(name, rows) for name, row in rows.items()}
         if arguments.output:
-            arguments.output.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-
-
-def build(network: str, folder: Path) -> None:
-    import torch
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
-    torch.manual_seed(0)
-    unet = UNet2DModel(sample_size=SIZES[network], **CONFIGURATIONS[network])
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder / network)
-    fp32, int8 = artifact(network, folder, "fp32"), artifact(network, folder, "int8")
-    for source, target, precision in ((folder / network, fp32, "fp32"), (fp32, int8, "int8")):
-        command = ["export", source, "-o", target, "--precision", precision, "--force"]
-        subprocess.run([sys.executable, "-m", "sdedit.cli.main", *map(str, command)], check=True)
-
-
-def artifact(network: str, folder: Path, precision: str) -> Path:
-    return folder / f"{network}-{precision}.onnx"
+            keep(arguments.output, found)
+    if not any("median_ms" in one for one in found["configurations"].values()):
+        limit = f"--seconds {arguments.seconds:g}"
+        raise SystemExit(f"error: there was no round: all were skipped, or opening them took longer than {limit}")
+    return print(table(found))
 
 
 # --- a configuration's process ---------------------------------------------------------------------------------------
 
 
-def serve(name: str, network: str, folder: Path, each: int) -> None:
-    """Open a configuration; then one turn for every line on stdin, one line of JSON for each."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # libraries may print
-    size = SIZES[network]
-    x = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
-    try:
-        if name in TORCH:
-            evaluate, told = open_torch(folder / network, x, **TORCH[name]), {}
-        else:
-            evaluate, told = open_ours(network, folder, x, **OURS[name])
-        evaluate()
-    except Exception as error:  # torch.compile and the libraries raise many kinds
-        print(json.dumps({"skipped": str(error).splitlines()[0]}), file=answers, flush=True)
-        return
-    print(json.dumps(told), file=answers, flush=True)
-    for _ in sys.stdin:
+def open_configuration(name: str, request: Row) -> Callable[[str], Row]:
+    """What takes a turn for every line."""
+    used = Network.of(request["network"])
+    x = np.random.default_rng(0).standard_normal((1, 3, used.size, used.size)).astype(np.float32)
+    evaluate, ran = open_torch(used, x, **TORCH[name]) if name in TORCH else open_ours(used, x, **OURS[name])
+    evaluate()
+
+    def turn(line: str) -> Row:
         evaluate()
         samples = []
-        for _ in range(each):
+        for _ in range(request["each"]):
             began = time.perf_counter()
             evaluate()
             samples.append(1e3 * (time.perf_counter() - began))
-        print(json.dumps({"ms": samples}), file=answers, flush=True)
+        return {"ms": samples, **ran}
+
+    return turn
 
 
 def open_torch(
-    folder: Path, x: np.ndarray, *, channels_last: bool = False, compiled: bool = False, bf16: bool = False
-) -> Evaluate:
+    used: Network, x: np.ndarray, *, channels_last: bool = False, compiled: bool = False, bf16: bool = False
+) -> tuple[Evaluate, Row]:
     import torch
     from diffusers import UNet2DModel
 
     torch.set_num_threads(cores())
-    net: Any = UNet2DModel.from_pretrained(folder / "unet").eval()
+    net: Any = UNet2DModel.from_pretrained(used.folder / "unet").eval()
     given, label = torch.from_numpy(x), torch.tensor([500])
     if bf16:
         net, given = net.to(torch.bfloat16), given.to(torch.bfloat16)
@@ -144,16 +125,13 @@ def open_torch(
         with torch.no_grad():
             return net(given, label).sample
 
-    return evaluate
+    return evaluate, {}
 
 
-def open_ours(
-    network: str, folder: Path, x: np.ndarray, *, file: str = "fp32", **options: Any
-) -> tuple[Evaluate, dict[str, Any]]:
-    editor = sdedit.load(artifact(network, folder, file), threads=cores(), **options)
+def open_ours(used: Network, x: np.ndarray, *, int8: bool = False, **options: Any) -> tuple[Evaluate, Row]:
+    editor = sdedit.load(used.file(int8=int8), threads=cores(), **options)
     denoiser, sigma = editor.backend.bind(1, {}), np.ones(1, np.float32)
-    ran = {"backend": editor.backend.name, "precision": editor.backend.precision}
-    return lambda: denoiser(x, sigma), {"ran": ran}
+    return lambda: denoiser(x, sigma), {"ran": {"backend": editor.backend.name, "precision": editor.backend.precision}}
 
 
 def cores() -> int:
@@ -163,48 +141,43 @@ def cores() -> int:
 # --- rounds ----------------------------------------------------------------------------------------------------------
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    processes: dict[str, subprocess.Popen[str]] = {}
-    found: dict[str, dict[str, Any]] = {}
-    command = [sys.executable, __file__, arguments.network, str(arguments.folder), "--each", str(arguments.each)]
-    began = time.monotonic()
-    try:
-        for name in arguments.only:
-            pipe = subprocess.PIPE
-            process = subprocess.Popen([*command, "--serve", name], stdin=pipe, stdout=pipe, text=True)
-            told = json.loads(hear(process) or '{"skipped": "it died"}')
-            if "skipped" in told:
-                print(f"skipped: {name}: {told['skipped']}", file=sys.stderr)
-            else:
-                processes[name], found[name] = process, {**told, "rounds_ms": []}
-        for _ in range(arguments.rounds):
-            if time.monotonic() - began > arguments.seconds:
-                break
-            for name, process in processes.items():
-                time.sleep(PAUSE_S)
-                assert process.stdin is not None
-                process.stdin.write("turn\n")
-                process.stdin.flush()
-                found[name]["rounds_ms"].append(json.loads(hear(process))["ms"])
-    finally:
-        for process in processes.values():
-            process.kill()
-    return {"conditions": conditions(arguments), "configurations": {n: f | summary(n, found) for n, f in found.items()}}
+def measure(names: list[str], used: Network, each: int, rounds: int, seconds: float) -> Iterator[dict[str, Row]]:
+    """Every configuration's rounds so far, after each; of one that failed, those before, and why."""
+    began = time.monotonic()  # opening counts
+    request = {"network": used.described(), "each": each}
+    rows: dict[str, Row] = {name: {"rounds_ms": []} for name in names}
+    with ExitStack() as held:
+        processes = []
+        for name in names:
+            process = held.enter_context(closing(Process(name, [__file__, "--serve", name], request)))
+            process.hear()
+            processes.append(process)
+        for _ in range(rounds):
+            if time.monotonic() - began > seconds:
+                return
+            for process in processes:
+                if not process.failed:
+                    time.sleep(PAUSE_S)
+                answer, row = process.ask("turn"), rows[process.name]
+                if not process.failed:
+                    row["rounds_ms"].append(answer.pop("ms"))
+                row |= answer
+            yield rows
+            if all(process.failed for process in processes):
+                return
 
 
-def hear(process: "subprocess.Popen[str]") -> str:
-    assert process.stdout is not None
-    return process.stdout.readline()
-
-
-def summary(name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summary(name: str, rows: dict[str, Row]) -> Row:
     def medians(of: str) -> list[float]:
-        return [statistics.median(samples) for samples in found[of]["rounds_ms"]]
+        return [statistics.median(samples) for samples in rows[of]["rounds_ms"]]
 
-    samples = [ms for turn in found[name]["rounds_ms"] for ms in turn]
-    told = {"median_ms": statistics.median(samples), "min_ms": min(samples), "max_ms": max(samples)}
-    if EAGER in found:
-        ratios = [eager / own for eager, own in zip(medians(EAGER), medians(name), strict=True)]
+    samples = [ms for turn in rows[name]["rounds_ms"] for ms in turn]
+    if not samples:
+        return {}
+    told: Row = {"median_ms": statistics.median(samples), "min_ms": min(samples), "max_ms": max(samples)}
+    # what died has no later rounds
+    ratios = [eager / own for eager, own in zip(medians(EAGER), medians(name), strict=False)] if EAGER in rows else []
+    if ratios:
         told["eager_over_it"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
     return told
 
@@ -212,11 +185,16 @@ def summary(name: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     lines = [f"{'':<22}{'ms: median':>12}{'min':>9}{'max':>9}   torch eager / it (spread of rounds)"]
     for name, one in found["configurations"].items():
+        if "median_ms" not in one:
+            lines.append(f"{name:<22}skipped: {one['failed']}")
+            continue
         line = f"{name:<22}{one['median_ms']:>12.1f}{one['min_ms']:>9.1f}{one['max_ms']:>9.1f}"
         if ratio := one.get("eager_over_it"):
             line += f"   {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
         if name == "sdedit --fast":
             line += f"   took {one['ran']['backend']} {one['ran']['precision']}"
+        if "failed" in one:
+            line += f"   only {len(one['rounds_ms'])} rounds: {one['failed']}"
         lines.append(line)
     return "\n".join(lines)
 

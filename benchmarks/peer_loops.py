@@ -224,9 +224,7 @@ def onnxruntime_edit(setting: Setting) -> Edit:
 def openvino_edit(setting: Setting, *, precision: str) -> Edit:
     import openvino
 
-    source = setting.network.int8 if precision == "int8" else setting.network.artifact
-    if source is None:
-        raise FileNotFoundError(f"{setting.network.name} has no int8 artifact (--int8 makes it)")
+    source = setting.network.file(int8=precision == "int8")
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32", "PERFORMANCE_HINT": "LATENCY"}
     core = openvino.Core()
     model = core.read_model(source)
@@ -272,9 +270,7 @@ def to_picture(x: NDArray[Any]) -> Picture:
 
 def our_edit(setting: Setting, *, backend: str, int8: bool = False, **options: Any) -> Edit:
     """`sdedit.load` and `Editor.edit`."""
-    source = setting.network.int8 if int8 else setting.network.artifact
-    if source is None:
-        raise FileNotFoundError(f"{setting.network.name} has no int8 artifact (--int8 makes it)")
+    source = setting.network.file(int8=int8)
     if unknown := set(options) - set(inspect.signature(sdedit.load).parameters):
         raise LookupError(f"this sdedit has no {', '.join(unknown)}")
     editor = sdedit.load(source, backend=backend, **options)

@@ -1,5 +1,5 @@
-"""The networks that peers.py runs: a diffusers folder with random weights, and the artifact exported from it; or the
-bundled model, whose network is this project's own.
+"""The networks that peers.py and cpu_network.py run: a diffusers folder with random weights, and the artifact exported
+from it; or the bundled model, whose network is this project's own.
 
 Random weights cost what trained ones do. Everything is made once and kept in a folder.
 """
@@ -7,6 +7,7 @@ Random weights cost what trained ones do. Everything is made once and kept in a 
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import sdedit
 VP, VE = "vp", "ve"
 LEVELS = 1000  # that a VP network was trained at
 BUNDLED = "bundled"
+NETWORKS = Path(tempfile.gettempdir()) / "sdedit-peers"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class Network:
     @property
     def size(self) -> int:
         return SIZES[self.name]
+
+    def file(self, *, int8: bool) -> Path:
+        """The artifact. Raises FileNotFoundError where it has not been made in int8."""
+        if not int8:
+            return self.artifact
+        if self.int8 is None:
+            raise FileNotFoundError(f"{self.name} has no int8 artifact (--int8 makes it)")
+        return self.int8
 
     def described(self) -> dict[str, str | None]:
         """For another process, as JSON."""

@@ -19,7 +19,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from kept import keep
-from peer_networks import NAMES, VP, Network, network
+from peer_networks import NAMES, NETWORKS, VP, Network, network
 from processes import Process, Row, serve
 
 import sdedit
@@ -284,8 +283,7 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="make the int8 artifact too, which takes minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add what is measured to this file")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing, print the tables of this file")
-    folder = Path(tempfile.gettempdir()) / "sdedit-peers"
-    parser.add_argument("--networks", type=Path, default=folder, metavar="DIR", help="where they are made and kept")
+    parser.add_argument("--networks", type=Path, default=NETWORKS, metavar="DIR", help="where they are made and kept")
     parser.add_argument("--serve", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve is not None:

@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import cpu_network
 from kept import keep
+from peer_networks import Network
 from processes import Process
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -96,3 +99,68 @@ def test_a_folder_that_has_no_whole_tenths_is_refused(images):
     command = [sys.executable, BENCHMARKS / "batch.py", "--images", str(images)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, f"--images is {images}; wanted a positive multiple of 10" in done.stderr) == (2, True)
+
+
+class Turns:
+    """Stands for the processes of cpu_network.py: what each answers, in turn; then it has died."""
+
+    answers: ClassVar[dict[str, list[float]]] = {}
+
+    def __init__(self, name, command, request):
+        self.name, self._left, self.failed = name, list(self.answers[name]), ""
+
+    def hear(self):
+        return self.ask("") if not self._left else {}
+
+    def ask(self, line):
+        if not self._left:
+            self.failed = "died"
+            return {"failed": "died"}
+        ms = self._left.pop(0)
+        if ms is None:
+            raise KeyboardInterrupt
+        return {"ms": [ms, ms], "ran": {"backend": "ort-cpu"}}
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """Runs cpu_network.py with these answers; returns what it wrote."""
+
+    def run(answers, *options):
+        monkeypatch.setattr(Turns, "answers", answers)
+        arguments = ["cpu_network.py", "--only", ",".join(answers), "-o", str(tmp_path / "found.json"), *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        cpu_network.main()
+
+    used = Network("unet-64", "vp", Path("folder"), Path("artifact"), None)
+    monkeypatch.setattr(cpu_network, "network", lambda *_, **__: used)
+    monkeypatch.setattr(cpu_network, "Process", Turns)
+    monkeypatch.setattr(cpu_network, "PAUSE_S", 0)
+    return run
+
+
+def test_a_configuration_that_dies_costs_no_round_of_the_others(measure, tmp_path, capsys):
+    measure({"torch eager": [8.0, 6.0, 9.0], "ort-cpu fp32": [4.0, 2.0], "ort-cpu int8": []}, "--rounds", "3")
+    found = json.loads((tmp_path / "found.json").read_text())["configurations"]
+    assert found["torch eager"]["rounds_ms"] == [[8.0, 8.0], [6.0, 6.0], [9.0, 9.0]]
+    assert found["ort-cpu fp32"]["eager_over_it"] == {"median": 2.5, "min": 2.0, "max": 3.0}
+    assert (found["ort-cpu fp32"]["failed"], found["ort-cpu int8"]) == ("died", {"rounds_ms": [], "failed": "died"})
+    printed = capsys.readouterr().out
+    assert "2.50 (2.00 to 3.00)   only 2 rounds: died" in printed
+    assert "ort-cpu int8          skipped: died" in printed
+
+
+def test_what_was_measured_is_written_after_every_round(measure, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        measure({"torch eager": [8.0, None]})
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["configurations"]["torch eager"]["rounds_ms"] == [[8.0, 8.0]]
+
+
+@pytest.mark.parametrize(("answers", "options"), [([8.0], ["--seconds", "-1"]), ([], [])])
+def test_that_there_was_no_round_is_said(measure, answers, options):
+    with pytest.raises(SystemExit, match=r"error: there was no round: all were skipped, or opening them took longer"):
+        measure({"torch eager": answers}, *options)
