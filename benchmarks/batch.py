@@ -13,7 +13,6 @@ the resident set, looked at when a picture is done. One JSON object.
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from conditions import conditions
 from PIL import Image
 
 import sdedit
@@ -108,7 +108,7 @@ def main() -> None:
         parser.error(f"--images is {arguments.images}; wanted a positive multiple of 10: the job is timed in tenths")
     tenth = arguments.images // 10
     editor = sdedit.load(backend="ort-cpu")
-    network = Network(editor)
+    about, network = conditions("pillow", editor=editor), Network(editor)
     rounds = [{size: network.ms_an_image(size) for size in SIZES} for _ in range(6)][1:]
     medians = {size: statistics.median(one[size] for one in rounds) for size in SIZES}
     best = min(medians, key=lambda size: medians[size])
@@ -125,21 +125,12 @@ def main() -> None:
     first, last = max(watch.memory_mb[1 : tenth + 1]), max(watch.memory_mb[-tenth:])
     found = {
         "conditions": {
-            "machine": platform.machine(),
-            "system": platform.platform(terse=True),
-            "cores": os.cpu_count(),
-            "load_average_at_end": round(os.getloadavg()[0], 2),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "sdedit-engine": sdedit.__version__,
-            "threads": editor.backend.threads,
-            **editor.backend.versions,
+            **about,
             "images": arguments.images,
             "guides": f"JPEG {SIDE}x{SIDE}",
             "steps": arguments.steps,
             "batch": result.options.batch,
             "sampler": result.options.sampler,
-            "precision": editor.backend.precision,
             "noise": sdedit.noise_maker(),
         },
         "failed": len(result.failed),

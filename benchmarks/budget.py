@@ -19,6 +19,7 @@ from pathlib import Path
 
 import cold_start
 import numpy as np
+from conditions import conditions
 
 import sdedit
 
@@ -90,9 +91,10 @@ def main() -> None:
     parser.add_argument("--command-runs", type=int, default=50)
     parser.add_argument("-o", "--output", type=Path, help="write the JSON here too")
     arguments = parser.parse_args()
-    conditions = cold_start.conditions(arguments.runs, steps=STEPS) | {"command_runs": arguments.command_runs}
+    asked = {"steps": STEPS, "runs": arguments.runs, "command_runs": arguments.command_runs}
     results = {
-        "conditions": conditions,
+        "conditions": conditions("pillow", "onnxruntime")
+        | {"model": "bundled, fp32, batch 1", **asked, "disk": "warm", "interleaved": True},
         "editor": rows(in_process(arguments.runs)),
         "command": rows(whole_processes(arguments.command_runs)),
     }

@@ -11,13 +11,14 @@ process was gone. Files are in the disk cache and byte-compiled: one run of each
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from conditions import conditions
 
 GUIDE = Path(__file__).parents[1] / "examples" / "strokes.png"
 IMPORTS = "import numpy, PIL.Image, onnxruntime"
@@ -81,36 +82,6 @@ def summary(samples: list[float]) -> dict[str, object]:
     }
 
 
-def conditions(runs: int, steps: int) -> dict[str, object]:
-    import numpy
-    import onnxruntime
-    import PIL
-
-    import sdedit
-
-    cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(terse=True),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "pillow": PIL.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "sdedit-engine": sdedit.__version__,
-        "model": "bundled, fp32, batch 1",
-        "steps": steps,
-        "runs": runs,
-        "disk": "warm",
-        "interleaved": True,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text("utf-8", "replace").splitlines() if Path(path).exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=15)
@@ -118,7 +89,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="write the JSON here too")
     arguments = parser.parse_args()
     results = {
-        "conditions": conditions(arguments.runs, arguments.steps),
+        "conditions": conditions("pillow", "onnxruntime")
+        | {"model": "bundled, fp32, batch 1", "steps": arguments.steps, "runs": arguments.runs}
+        | {"disk": "warm", "interleaved": True},
         **measure(arguments.runs, arguments.steps),
     }
     text = json.dumps(results, indent=1)

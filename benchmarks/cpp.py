@@ -6,8 +6,6 @@ to the result's pixels; start-up, loading the model and files are not in it. The
 
 import argparse
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -15,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import onnxruntime
+from conditions import conditions, cores
 from PIL import Image
 
 import sdedit
@@ -30,7 +28,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--runs", type=int, default=15)
     arguments = parser.parse_args()
-    threads, steps = str(os.cpu_count() or 1), str(arguments.steps)
+    editor = sdedit.load(backend="ort-cpu", threads=cores())
+    about = conditions(editor=editor) | {"steps": arguments.steps, "runs": arguments.runs}
+    threads, steps = str(cores()), str(arguments.steps)
     sdedit_command = [sys.executable, "-m", "sdedit.cli.main"]
     samples: dict[str, list[float]] = {"python": [], "edit_cpp": [], "step_cpp": []}
     with tempfile.TemporaryDirectory() as name:
@@ -38,7 +38,7 @@ def main() -> None:
         guide, graph, table, out = (str(folder / one) for one in ("guide.png", "edit.onnx", "table.json", "out.png"))
         with Image.open(STROKES) as opened:
             opened.convert("RGB").resize((64, 64)).save(guide)
-        model = str(sdedit.load().artifact.path)
+        model = str(editor.artifact.path)
         subprocess.run([*sdedit_command, "export", "--loop", "-o", graph, "--t0", "0.5", "--steps", steps], check=True)
         described = [*sdedit_command, "inspect", "--json", "--t0", "0.5", "--steps", steps]
         Path(table).write_bytes(subprocess.run(described, check=True, capture_output=True).stdout)
@@ -63,12 +63,7 @@ def main() -> None:
         if program != "python"
     }
     found = {
-        "conditions": {
-            "machine": platform.machine(), "system": platform.platform(terse=True), "cores": os.cpu_count(),
-            "threads": int(threads), "onnxruntime": onnxruntime.__version__, "sdedit-engine": sdedit.__version__,
-            "steps": arguments.steps, "runs": arguments.runs, "precision": "fp32",
-            "load_average_at_end": round(os.getloadavg()[0], 2),
-        },
+        "conditions": about,
         "median_ms": {program: round(statistics.median(values), 2) for program, values in samples.items()},
         "over_python": {program: round(statistics.median(ratios), 4) for program, ratios in pairs.items()},
         "samples_ms": {program: [round(value, 2) for value in values] for program, values in samples.items()},

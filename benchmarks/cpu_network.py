@@ -11,19 +11,16 @@ may use.
 """
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from conditions import conditions, cores
 from kept import keep
 from peer_networks import NETWORKS, Network, network
 from processes import Process, Row, serve
@@ -47,7 +44,7 @@ OURS: dict[str, dict[str, Any]] = {  # int8, and the keywords of sdedit.load
     "openvino int8": {"int8": True, "backend": "openvino"},
     "sdedit --fast": {"fast": True},
 }
-PACKAGES = ("numpy", "torch", "diffusers", "onnxruntime", "openvino", "sdedit-engine")
+PACKAGES = ("torch", "diffusers", "onnxruntime", "openvino")
 PAUSE_S = 0.2
 
 Evaluate = Callable[[], object]
@@ -69,7 +66,8 @@ def main() -> None:
     if unknown := set(arguments.only) - {*TORCH, *OURS}:
         parser.error(f"nothing is called {', '.join(sorted(unknown))}; there are {', '.join([*TORCH, *OURS])}")
     used = network(arguments.network, arguments.networks, int8=True)
-    found: Row = {"conditions": conditions(arguments), "configurations": {}}
+    about = conditions(*PACKAGES) | {"network": used.name, "batch": 1, "threads": cores(), "each": arguments.each}
+    found: Row = {"conditions": about, "configurations": {}}
     for rows in measure(arguments.only, used, arguments.each, arguments.rounds, arguments.seconds):
         found["configurations"] = {name: row | summary(name, rows) for name, row in rows.items()}
         if arguments.output:
@@ -134,10 +132,6 @@ def open_ours(used: Network, x: np.ndarray, *, int8: bool = False, **options: An
     return lambda: denoiser(x, sigma), {"ran": {"backend": editor.backend.name, "precision": editor.backend.precision}}
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # --- rounds ----------------------------------------------------------------------------------------------------------
 
 
@@ -197,47 +191,6 @@ def table(found: dict[str, Any]) -> str:
             line += f"   only {len(one['rounds_ms'])} rounds: {one['failed']}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
-    try:
-        text = Path("/proc/cpuinfo").read_text("utf-8")
-    except OSError:
-        text = ""
-    lines = dict(line.partition(":")[::2] for line in text.partition("\n\n")[0].splitlines())
-    told = {name.strip(): value.strip() for name, value in lines.items()}
-    wanted = (
-        "avx2",
-        "avx512f",
-        "avx_vnni",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-        "amx_tile",
-        "amx_bf16",
-        "amx_int8",
-    )
-    return {
-        "network": arguments.network,
-        "batch": 1,
-        "threads": cores(),
-        "each": arguments.each,
-        "cpu": told.get("model name", platform.processor()),
-        "cpu_family_model": f"{told.get('cpu family')}/{told.get('model')}",
-        "cpu_features": [feature for feature in wanted if feature in told.get("flags", "").split()],
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **{package: installed(package) for package in PACKAGES},
-    }
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ _pictures.png.
 
 import argparse
 import json
-import platform
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import gram
 import numpy as np
+from conditions import cpu
 from measured import Features, Rows
 from numpy.typing import NDArray
 from samples import Cache, Guides, Setting, add_arguments, finish, made, opened, results, until
@@ -105,7 +105,7 @@ def report(cache: Cache, guides: Guides, features: Features) -> dict[str, Any]:
     return {
         "conditions": {
             **cache.claim(guides),
-            "machine": platform.machine(),
+            "cpu": cpu(),
             "guides": guides.count,
             "guides_from": "EuroSAT's held-out photographs as strokes: median filter, 6 colours",
             "real": f"all {len(guides.held_out)} held-out photographs, those of the guides among them",

@@ -21,20 +21,22 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from conditions import conditions
 from gpu_peer_loops import BUNDLED, CONTESTANTS, LEVELS, OURS, SCHEDULER, Setting, levels, network_input
 from gpu_peers_table import table
 from kept import keep
-from peers import conditions
 from processes import Process, Row, serve
 
 import sdedit
 
-PACKAGES = ("onnxruntime-gpu", "cuda-bindings", "triton", "nvidia-cudnn-cu13", "onnx")
+PACKAGES = (
+    *("torch", "diffusers", "triton", "nvidia-cudnn-cu13"),
+    *("onnx", "onnxruntime", "onnxruntime-gpu", "cuda-bindings"),
+)
 COUNTED = 3  # edits of a turn
 TOLERANCES = {"fp32": 1e-3, "TF32": 0.05, "fp16": 0.05, "bf16": 0.3}
 LARGE = ("torch fp32 graph", "torch fp16", "torch fp16 graph", "sdedit fp16", "sdedit fp16 TensorRT")
@@ -169,29 +171,17 @@ def smi() -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 class Measurement:
     """Everything that is found, as it is written."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments, self._began = arguments, time.monotonic()
         self.contestants: list[Contestant] = []
-        about = conditions()
-        about["versions"] |= versions()
         self.rows: dict[tuple[str, str], Row] = {}
         self.result: Row = {
-            "conditions": about | {"nvidia_smi": [smi()]}, "device": arguments.device, "steps": arguments.steps,
-            "t0": arguments.t0, "timing": "host clock around an edit, uint8 pixels on the host in and out",
-            "counted_of_a_turn": COUNTED,
+            "conditions": conditions(*PACKAGES) | {"nvidia_smi": [smi()]}, "device": arguments.device,
+            "steps": arguments.steps, "t0": arguments.t0, "counted_of_a_turn": COUNTED,
+            "timing": "host clock around an edit, uint8 pixels on the host in and out",
         }  # fmt: skip
 
     def left(self) -> float:

@@ -9,7 +9,6 @@ object: conditions, medians, spread (minimum and maximum) and ratios. Runs are i
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from conditions import conditions
 
 import sdedit
 
@@ -91,18 +91,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=50)
     arguments = parser.parse_args()
-    conditions = {
-        "machine": platform.machine(),
-        "system": platform.platform(terse=True),
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "sdedit-engine": sdedit.__version__,
-        "runs": arguments.runs,
-    }
     results = {
-        "conditions": conditions,
+        "conditions": conditions() | {"runs": arguments.runs},
         "loop": {
             "bundled" if model is None else model.stem: overhead(model, arguments.runs, arguments.steps)
             for model in (None, *arguments.models)

@@ -14,20 +14,16 @@ are added to those in FILE.
 import argparse
 import json
 import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from conditions import conditions
 from kept import keep
 from peer_networks import NAMES, NETWORKS, VP, Network, network
 from processes import Process, Row, serve
@@ -35,7 +31,7 @@ from processes import Process, Row, serve
 import sdedit
 
 OURS, PAPER, EAGER = "sdedit", "original loop", "torch eager"
-PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "diffusers")
+PACKAGES = ("onnxruntime", "openvino", "torch", "diffusers")
 QUIET = 0.05  # the share of CPU time that other processes may have had in a turn that counts
 PAUSE_S = 0.3  # before each turn: a library's threads may spin for a while after its own
 
@@ -145,38 +141,6 @@ def make_request(used: Network, steps: int, t0: float, sampler: str | None = Non
     sigmas = [*table.column("sigma").tolist(), 0.0]
     asked = {"steps": steps, "t0": t0, "sampler": sampler, "spacing": spacing}
     return {"network": used.described(), "artifact_sha256": editor.artifact.sha256, "sigmas": sigmas, **asked}
-
-
-def conditions() -> dict[str, Any]:
-    versions = {"sdedit-engine": sdedit.__version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "cpu": cpu(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": platform.platform(terse=True), "python": platform.python_version(), "versions": versions,
-        "commit": commit(), "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
-
-
-def cpu() -> str:
-    """The CPU and those of its extensions that decide which kernels run."""
-    try:
-        text = Path("/proc/cpuinfo").read_text("utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = re.search(r"model name\s*: (.*)", text)
-    flags = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if f" {flag}" in text]
-    return " ".join([name[1] if name else platform.machine(), *flags])
-
-
-def commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 # --- what was found --------------------------------------------------------------------------------------------------
@@ -305,7 +269,7 @@ def main() -> None:
     request = make_request(used, arguments.steps, arguments.t0, arguments.sampler, arguments.spacing)
     asked = {name: request[name] for name in ("steps", "t0", "sampler", "spacing")}
     kept = load_kept(arguments.json, {"network": used.name, **asked})
-    about = {"artifact_sha256": request["artifact_sha256"], **conditions()}
+    about = {"artifact_sha256": request["artifact_sha256"], **conditions(*PACKAGES)}
     call: dict[str, Any] = {"conditions": about, "rounds": [], "first": []}
     kept["calls"].append(call)
     if arguments.first is not None:

@@ -11,13 +11,12 @@ edge. Runs are interleaved; one JSON object.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
+from conditions import conditions
 from PIL import Image
 
 import sdedit
@@ -57,6 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     editor = sdedit.load(arguments.model, backend="ort-cpu")
+    about = conditions(editor=editor)
     frame = editor.artifact.width, editor.artifact.height
     side = round(arguments.side * min(frame))
     photos = [np.asarray(Image.open(path).convert("RGB").resize(frame)) for path in arguments.photos]
@@ -97,15 +97,7 @@ def main() -> None:
     ratios = [full / auto for full, auto in zip(times["full"][1:], times["auto"][1:], strict=True)]
     result = {
         "conditions": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "load_average": round(os.getloadavg()[0], 2),
-            "python": platform.python_version(),
-            "sdedit-engine": sdedit.__version__,
-            **editor.backend.versions,
-            "backend": editor.backend.name,
-            "threads": editor.backend.threads,
-            "model": editor.artifact.name,
+            **about,
             "frame": frame,
             "square": side,
             "repainted_share": round(side**2 / (frame[0] * frame[1]), 4),

@@ -13,8 +13,6 @@ import asyncio
 import hashlib
 import io
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from conditions import conditions
 from PIL import Image
 
 import sdedit
@@ -166,27 +165,17 @@ def main() -> int:
         capacity = await measure_capacity(where, 2 * batch, arguments.capacity_seconds, steps, guide)
         return capacity, *await overload(where, OVERLOAD * capacity, arguments.requests, steps, guide)
 
-    load_average = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    editor = sdedit.load()
+    about = conditions(editor=editor)
     with service("--batch", str(batch), "--queue", str(arguments.queue)) as where:
         capacity, replies, achieved = asyncio.run(both(where))
     edited = [reply for reply in replies if reply.status == 200]
     faults = Counter(reply.fault for reply in replies if reply.fault is not None)
-    editor = sdedit.load()
     wrong = mixed_up(editor, edited, steps, batch)
     retries = [int(reply.headers["retry-after"]) for reply in replies if reply.status == 503]
     result = {
         "conditions": {
-            "machine": platform.machine(),
-            "system": platform.platform(terse=True),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "sdedit-engine": sdedit.__version__,
-            "model": "bundled",
-            "backend": editor.backend.name,
-            "threads": editor.backend.threads,
-            **editor.backend.versions,
-            "load_average": load_average,
+            **about,
             "steps": steps,
             "batch": batch,
             "queue": arguments.queue,

@@ -6,13 +6,12 @@ python benchmarks/tune.py > benchmarks/results/tune.json
 import argparse
 import io
 import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
+from conditions import conditions
 from PIL import Image
 
 import sdedit
@@ -58,6 +57,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="of the sheet (default: as sdedit tune chooses it)")
     arguments = parser.parse_args()
     editor = sdedit.load(backend="ort-cpu")
+    about = conditions("pillow", editor=editor)
     steps = int(arguments.steps or editor.artifact.defaults["steps"])
     batches: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     for _ in range(3):
@@ -72,21 +72,7 @@ def main() -> None:
     evaluations = len(T0S) * SEEDS * steps
     ratios = [sheet / (evaluations * one) for sheet, one in zip(sheets, network, strict=True)]
     result = {
-        "conditions": {
-            "machine": platform.machine(),
-            "system": platform.platform(terse=True),
-            "cores": os.cpu_count(),
-            "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "sdedit-engine": sdedit.__version__,
-            "backend": editor.backend.name,
-            "precision": editor.backend.precision,
-            "threads": editor.backend.threads,
-            **editor.backend.versions,
-            "model": editor.artifact.name,
-            "runs": arguments.runs,
-        },
+        "conditions": about | {"runs": arguments.runs},
         "sheet": {"t0": T0S, "seeds": SEEDS, "steps": steps, "evaluations": evaluations},
         "network_ms_per_image_by_batch": {str(batch): [round(one, 3) for one in batches[batch]] for batch in BATCHES},
         "best_batch": best,

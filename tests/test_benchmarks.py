@@ -1,14 +1,19 @@
 """What the programs of benchmarks/ have in common: what fails is named and costs nobody else's figures."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
+import sdedit
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import conditions
 import cpu_network
 from kept import keep
 from peer_networks import Network
@@ -164,3 +169,31 @@ def test_what_was_measured_is_written_after_every_round(measure, tmp_path):
 def test_that_there_was_no_round_is_said(measure, answers, options):
     with pytest.raises(SystemExit, match=r"error: there was no round: all were skipped, or opening them took longer"):
         measure({"torch eager": answers}, *options)
+
+
+def test_conditions_name_the_machine_and_the_versions_that_are_there():
+    pytest.importorskip("onnxruntime")
+    about = json.loads(json.dumps(conditions.conditions("no-such-package")))
+    assert set(about) == {"cpu", "cores", "system", "python", "versions", "commit", "load_average", "date"}
+    assert about["versions"] == {"sdedit-engine": sdedit.__version__, "numpy": np.__version__}
+    editor = sdedit.load(backend="ort-cpu", threads=1)
+    with_editor = conditions.conditions(editor=editor)
+    assert with_editor["versions"] == about["versions"] | editor.backend.versions
+    said = {"model": "eurosat-64", "backend": "ort-cpu", "precision": "fp32", "threads": 1}
+    assert {name: with_editor[name] for name in set(with_editor) - set(about)} == said
+
+
+def test_a_cpu_is_told_by_its_name_and_the_extensions_that_matter(monkeypatch, tmp_path):
+    lines = ["processor\t: 0", "cpu family\t: 6", "model\t\t: 207", "model name\t: Xeon", "flags\t\t: fpu avx2 avx512f"]
+    (tmp_path / "cpuinfo").write_text("\n".join([*lines, "", "processor\t: 1", "model name\t: other"]))
+    monkeypatch.setattr(conditions, "Path", lambda _: tmp_path / "cpuinfo")
+    assert conditions.cpu() == "Xeon 6/207 avx2 avx512f"
+    (tmp_path / "cpuinfo").unlink()
+    monkeypatch.setattr(conditions.platform, "processor", lambda: "")
+    assert conditions.cpu() == conditions.platform.machine()
+
+
+def test_no_benchmark_describes_the_machine_in_words_of_its_own():
+    words = re.compile(r"\bplatform\.|\bgetloadavg\b")
+    own = [path.name for path in sorted(BENCHMARKS.glob("*.py")) if words.search(path.read_text("utf-8"))]
+    assert own == ["conditions.py", "gpu_check.py"]  # that describes a GPU
