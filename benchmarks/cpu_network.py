@@ -188,7 +188,7 @@ def table(found: dict[str, Any]) -> str:
         if name == "sdedit --fast":
             line += f"   took {one['ran']['backend']} {one['ran']['precision']}"
         if "failed" in one:
-            line += f"   only {len(one['rounds_ms'])} rounds: {one['failed']}"
+            line += f"   after round {len(one['rounds_ms'])}: {one['failed']}"
         lines.append(line)
     return "\n".join(lines)
 

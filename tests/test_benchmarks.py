@@ -154,7 +154,7 @@ def test_a_configuration_that_dies_costs_no_round_of_the_others(measure, tmp_pat
     assert found["ort-cpu fp32"]["eager_over_it"] == {"median": 2.5, "min": 2.0, "max": 3.0}
     assert (found["ort-cpu fp32"]["failed"], found["ort-cpu int8"]) == ("died", {"rounds_ms": [], "failed": "died"})
     printed = capsys.readouterr().out
-    assert "2.50 (2.00 to 3.00)   only 2 rounds: died" in printed
+    assert "2.50 (2.00 to 3.00)   after round 2: died" in printed
     assert "ort-cpu int8          skipped: died" in printed
 
 
