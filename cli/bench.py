@@ -126,8 +126,10 @@ def require_below(rows: "Sequence[Row]", gate: float | None) -> None:
 
 def case_of(row: "Row") -> str:
     return (
-        f"{row.model}, {row.backend}, {row.precision}, threads {row.threads}, batch {row.batch}, {row.steps} steps "
-        f"of {row.sampler}"
+        f"{row.model}, {row.backend}, {row.precision}, threads {row.threads}, batch {row.batch}, t0 {row.t0:g}, "
+        f"{row.steps} steps of {row.sampler} ({row.spacing})"
+        + ("" if row.eta is None else f", eta {row.eta:g}")
+        + ("" if row.repeats == 1 else f", repeats {row.repeats}")
     )
 
 

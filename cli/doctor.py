@@ -57,7 +57,8 @@ def show(findings: dict[str, Any]) -> None:
     print(f"  {plans['folder']}: {plans['plans']} plans, {plans['bytes'] / 1e6:.1f} MB")
     for title, kind in OTHER_CACHES.items():
         kept = findings[f"{kind}_cache"]
-        print(f"\n{title}\n  {kept['folder']}: {kept['entries']} entries, {kept['bytes'] / 1e6:.1f} MB")
+        holds = kept["cause"] or f"{kept['entries']} entries, {kept['bytes'] / 1e6:.1f} MB"
+        print(f"\n{title}\n  {kept['folder']}: {holds}")
     for warning in findings["warnings"]:
         print(f"\nwarning: {warning}")
 
@@ -93,8 +94,13 @@ def cached(kind: str) -> dict[str, Any]:
     from sdedit.cache_folder import cache_folder
 
     folder = cache_folder(kind)
-    sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
-    return {"folder": str(folder), "entries": len(list(folder.glob("[!.]*"))), "bytes": sum(sizes)}
+    sizes, entries, cause = [], [], None
+    try:
+        sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+        entries = list(folder.glob("[!.]*"))
+    except OSError as error:
+        cause = error.strerror or str(error)
+    return {"folder": str(folder), "entries": len(entries), "bytes": sum(sizes), "cause": cause}
 
 
 def misfits(packages: Mapping[str, str | None]) -> list[str]:

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from sdedit import output, record
+    from sdedit import image, output, record
     from sdedit.cli import budget
     from sdedit.options import EditOptions
 
@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = [Path(path) for path in given if path is not None]
     output.check(paths, force=arguments.force, inputs=inputs)
 
+    for guide in arguments.guides if arguments.fast else ():  # before a search that may take a while
+        image.read(guide, 3)
     began = time.perf_counter()
     repeated = None if arguments.replay is None else record.read(Path(arguments.replay))
     editor, options = open_fresh(arguments) if repeated is None else open_replay(arguments, repeated)
@@ -115,8 +117,14 @@ def output_paths(
 def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]:
     """The editor and the edit's options, from the command line."""
     import sdedit
+    from sdedit.artifact import Artifact
     from sdedit.backends import CPU
+    from sdedit.editor import open_model
+    from sdedit.options import make_options
 
+    options = given_options(arguments)
+    if arguments.fast and isinstance(model := open_model(arguments.model), Artifact):
+        make_options(options).resolved(model.defaults)  # before a search that may take a while
     editor = sdedit.load(
         arguments.model,
         backend="auto" if arguments.backend is None else arguments.backend,
@@ -129,7 +137,7 @@ def open_fresh(arguments: argparse.Namespace) -> tuple["Editor", dict[str, Any]]
         backend = editor.backend
         where = f"{backend.threads} threads" if backend.name in CPU else backend.provider
         say(f"backend: {backend.name}, {backend.precision}, {where}")
-    return editor, given_options(arguments)
+    return editor, options
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -160,6 +168,7 @@ def open_replay(arguments: argparse.Namespace, repeated: "Record") -> tuple["Edi
     model = artifact.BUNDLED if arguments.model is None else Path(arguments.model)
     if model.suffix == ".onnx":
         model = companions.with_sha256(model, repeated.artifact_sha256)  # --fast may have taken one
+        record.require_same("model", repeated.artifact_sha256, artifact.read(model).sha256)
     editor = sdedit.load(
         model,
         backend=repeated.backend,

@@ -8,8 +8,8 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -23,6 +23,7 @@ FORMAT = 1
 OLDEST_OPSET = 17
 MOST_PIXELS = 2**26
 EXPORT_HINT = "the README's section 'Models' says what an artifact must be; write it again"
+State = tuple[tuple[int, ...], ...]
 BUNDLED = Path(__file__).parent / "models" / "eurosat-64.onnx"
 
 
@@ -57,6 +58,7 @@ class Artifact:
     sde: schedules.Sde = field(repr=False)
     extra_inputs: dict[str, ExtraInput] = field(default_factory=dict)
     external: tuple[Path, ...] = ()  # files beside it that hold weights (ONNX external data)
+    state: State = ()  # of its files when it was read
 
     @property
     def name(self) -> str:
@@ -103,13 +105,41 @@ class Artifact:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file's bytes, followed by those of its external data, in the order of their names."""
+        """Of the file's bytes, followed by those of its external data, in the order of their names.
+
+        Raises ArtifactError where they are no longer those that were read.
+        """
         digest = hashlib.sha256()
-        for path in (self.path, *sorted(self.external)):
-            with path.open("rb") as file:
-                while part := file.read(2**20):
-                    digest.update(part)
+        try:
+            for path in self._files:
+                with path.open("rb") as file:
+                    while part := file.read(2**20):
+                        digest.update(part)
+        except OSError as error:
+            raise self._changed() from error
+        self.require_unchanged()
         return digest.hexdigest()
+
+    def require_unchanged(self) -> None:
+        """Raise ArtifactError where its files were replaced or written to since they were read."""
+        try:
+            same = not self.state or _state(self._files) == self.state
+        except OSError:
+            same = False
+        if not same:
+            raise self._changed()
+
+    def seal(self) -> None:
+        """Once it is opened: know the hash of what was opened. Raises ArtifactError where that was changed."""
+        _ = self.sha256
+        self.require_unchanged()
+
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        return self.path, *sorted(self.external)
+
+    def _changed(self) -> ArtifactError:
+        return ArtifactError(f"{self.path}: was changed while it was opened", hint="load it again")
 
 
 def read(path: Path) -> Artifact:
@@ -128,9 +158,10 @@ def read(path: Path) -> Artifact:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: metadata 'sdedit' is not JSON: {error}", hint=EXPORT_HINT) from error
     try:
-        return validate(path, model, size, metadata)
+        artifact = validate(path, model, size, metadata)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}", hint=error.hint) from None
+    return replace(artifact, state=_state(artifact._files))
 
 
 def loop_metadata(path: Path) -> Any:
@@ -145,6 +176,12 @@ def loop_metadata(path: Path) -> Any:
 def is_artifact(path: Path) -> bool:
     """Whether this ONNX file carries our metadata. Raises ArtifactError for a file that is no ONNX model."""
     return "sdedit" in _read_onnx(path)[0].metadata
+
+
+def _state(files: Sequence[Path]) -> State:
+    """What is another after a file was replaced or written to. Raises OSError."""
+    found = [file.stat() for file in files]
+    return tuple((one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
 
 
 def _read_onnx(path: Path) -> tuple[protobuf.Model, int]:

@@ -1,5 +1,6 @@
 """The one verb: load an artifact, edit pictures with it."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from sdedit.backends import Backend, open_backend
 from sdedit.backends.ort import MOST_THREADS
 from sdedit.budget import CALIBRATION, Budget, StepTimes, checked_max_ms, checked_spent_ms
 from sdedit.checks import whole
-from sdedit.errors import OptionError
+from sdedit.errors import ArtifactError, OptionError
 from sdedit.executor import Batch, DeviceExecutor, Executor
 from sdedit.image import Picture, Source
 from sdedit.jobs import Group, Job, Made, Report, grouped, pictures, result, run
@@ -120,9 +121,10 @@ class Editor:
         groups = grouped(self._windowed(jobs, chosen), chosen)
         budget = None
         if max_ms is not None:
-            times = self._step_times(chosen, groups[0])
+            largest = max(groups, key=lambda group: math.prod(self.artifact.frame(group.size)))
+            times = self._step_times(chosen, largest)
             before = began - checked_spent_ms(spent_ms) / 1e3
-            budget = self._budget(chosen, groups, times, checked_max_ms(max_ms), before)
+            budget = self._budget(chosen, largest, len(groups), times, checked_max_ms(max_ms), before)
             chosen = replace(chosen, steps=budget.steps)
         table = plan(self.sde, **chosen.schedule())
         total = len(groups) * chosen.repeats * table.steps
@@ -208,28 +210,31 @@ class Editor:
         return times
 
     def _budget(
-        self, options: EditOptions, groups: list[Group], times: StepTimes, max_ms: float, began: float
+        self, options: EditOptions, group: Group, groups: int, times: StepTimes, max_ms: float, began: float
     ) -> Budget:
-        """The steps that fit, by what is known; where nothing is, or no step seems to fit, by what is timed now."""
+        """The steps that fit, by what is known; where nothing is, or no step seems to fit, by what is timed now.
+
+        group: the slowest of so many.
+        """
+        most = options.schedule()["steps"]
 
         def pick() -> Budget:
             spent_ms = 1e3 * (time.perf_counter() - began)
-            most = options.schedule()["steps"]
-            return times.pick(max_ms, spent_ms, batches=len(groups), repeats=options.repeats, most_steps=most)
+            return times.pick(max_ms, spent_ms, batches=groups, repeats=options.repeats, most_steps=most)
 
         if times.step_ms:
             with suppress(OptionError):
                 return pick()
-        jobs, made = groups[0].jobs, list[Made]()
-        with self._executor(options, groups[0].size) as executor:
+        jobs, made = group.jobs, list[Made]()
+        with self._executor(options, group.size) as executor:
 
             def calibrate(steps: int) -> None:
                 few = replace(options, steps=steps, repeats=1)
                 made[:] = run(jobs, few, plan(self.sde, **few.schedule()), executor)
 
             if isinstance(executor, DeviceExecutor):
-                calibrate(CALIBRATION[-1])  # chooses kernels and captures: no measure of a step
-            times.calibrate(calibrate, lambda: pictures(jobs, [one.x for one in made]), max_ms)
+                calibrate(min(CALIBRATION[-1], most))  # chooses kernels and captures: no measure of a step
+            times.calibrate(calibrate, lambda: pictures(jobs, [one.x for one in made]), max_ms, most)
         return pick()
 
     def _windowed(self, jobs: list[Job], options: EditOptions) -> list[Job]:
@@ -282,7 +287,7 @@ def load(
         return _load_fastest(model, backend, precision, threads, provider_options)
     opened = open_model(model)
     artifact = opened if isinstance(opened, artifacts.Artifact) else opened.artifact
-    return Editor(artifact, open_backend(backend, opened, threads, provider_options, precision))
+    return _sealed(Editor(artifact, open_backend(backend, opened, threads, provider_options, precision)))
 
 
 def _load_fastest(
@@ -299,7 +304,17 @@ def _load_fastest(
         raise OptionError(f"{path}: a plan is one execution, there is no faster one to choose", hint="leave fast out")
     if provider_options:
         raise OptionError("the fastest execution is looked for without provider options", hint="leave one out")
-    return Editor(*open_fastest(artifacts.read(path), backend=backend, precision=precision, threads=threads))
+    return _sealed(Editor(*open_fastest(artifacts.read(path), backend=backend, precision=precision, threads=threads)))
+
+
+def _sealed(editor: Editor) -> Editor:
+    """The editor, of a file that was the same from its reading to the end of its opening. Raises ArtifactError."""
+    try:
+        editor.artifact.seal()
+    except ArtifactError:
+        editor.close()
+        raise
+    return editor
 
 
 def open_model(model: str | Path | None) -> "artifacts.Artifact | Plan":

@@ -288,9 +288,10 @@ def _keep(file: Path, identity: Mapping[str, Any], trials: Sequence[Trial]) -> N
     text = json.dumps({"identity": identity, "trials": told, "sha256": _digest(told)})
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as scratch:
-            scratch.write(text)
-        os.replace(scratch.name, file)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=file.parent) as scratch:
+            whole = Path(scratch) / file.name
+            whole.write_text(text, "utf-8")
+            os.replace(whole, file)
     except OSError as error:
         log.info("fast: what was found is not kept: %s; SDEDIT_CACHE names another folder", error.strerror or error)
 

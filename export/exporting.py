@@ -116,7 +116,7 @@ def write(
 
     guides: pictures for calibration (int8) and for the edits that are compared; default: three bundled ones.
     Returns how the comparison came out; nothing is written where it is not `within`, unless allow_inaccurate. Raises
-    OptionError where nothing can be int8.
+    OutOfTolerance where nothing can be int8.
     """
     if precision not in PRECISIONS:
         raise OptionError(f"unknown precision {precision!r}", hint=f"choose one of {', '.join(PRECISIONS)}")
@@ -133,7 +133,7 @@ def write(
             say("calibrating int8")
             model = quantize(model, calibration(graph, sde, frames))
             if all(node.op_type != "QuantizeLinear" for node in model.graph.node):
-                raise OptionError(
+                raise OutOfTolerance(
                     f"{path}: not written: no layer of the network may be int8 within the tolerance",
                     hint="--precision fp32; --guide PICTURE calibrates on pictures of your own",
                 )

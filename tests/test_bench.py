@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Case, Visit | None]]:
     def run(case: Case, visit: Visit | None) -> dict[str, Any]:
         seen.append((case, visit))
         if visit is None:
-            return FACTS | {"steps": case.steps or 50, "batch": case.batch, "threads": case.threads or 2}
+            facts = FACTS | {"steps": case.steps or 50, "batch": case.batch, "threads": case.threads or 2}
+            return {"facts": facts, "case": asdict(case)}
         return answer(*[10.0 * (case.steps or 50)] * visit.runs)
 
     monkeypatch.setattr(rounds, "_run", run)
@@ -93,6 +94,21 @@ def test_every_case_is_examined_before_anything_is_measured_and_rounds_take_turn
 def test_seconds_are_shared_by_the_rounds_and_every_visit_times_an_edit_at_least():
     assert Effort(seconds=6, rounds=3, warmup=0).visits == [Visit(1, 2.0, 0)] * 3
     assert Effort(runs=2, rounds=5).visits == [Visit(1, 0.0, 1)] * 2
+
+
+def test_what_was_fastest_at_first_is_what_is_measured(monkeypatch):
+    seen = []
+
+    def run(case: Case, visit: Visit | None) -> dict[str, Any]:
+        seen.append(case)
+        pinned = replace(case, model="b.onnx", backend="openvino", precision="int8", fast=False)
+        return {"facts": FACTS, "case": json.loads(json.dumps(asdict(pinned)))} if visit is None else answer(10.0)
+
+    monkeypatch.setattr(rounds, "_run", run)
+    bench = Bench(expand([None], {}, {"class_label": 3}, fast=True), Effort(runs=2, rounds=2))
+    assert list(bench.visits()) == [1, 2, 3]
+    pinned = Case("b.onnx", backend="openvino", precision="int8", conditions=(("class_label", 3),))
+    assert seen == [replace(Case(conditions=(("class_label", 3),)), fast=True), pinned, pinned]
 
 
 # --- what a row holds ------------------------------------------------------------------------------------------------
@@ -238,10 +254,11 @@ def test_ctrl_c_prints_what_was_measured(asked, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("slow", "warned"), [(11.0, False), (12.0, True)])
 def test_a_wide_spread_is_warned_of(monkeypatch, capsys, slow, warned):
-    monkeypatch.setattr(rounds, "_run", lambda case, visit: FACTS if visit is None else answer(*[10.0] * 8, slow, slow))
+    found = {True: {"facts": FACTS, "case": asdict(Case())}, False: answer(*[10.0] * 8, slow, slow)}
+    monkeypatch.setattr(rounds, "_run", lambda case, visit: found[visit is None])
     assert main(["bench", "--rounds", "1"]) == 0
     said = capsys.readouterr().err
-    wanted = "warning: closed-form, ort-cpu, fp32, threads 1, batch 2, 4 steps of em: its middle 80 % of edits spread"
+    wanted = "batch 2, t0 0.5, 4 steps of em (uniform): its middle 80 % of edits spread"
     assert (wanted in said) == warned
 
 

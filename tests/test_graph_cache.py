@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import sdedit
-from sdedit.backends import ort_cache
+from sdedit import artifact, record
+from sdedit.backends import open_backend, ort_cache
 
 GUIDE = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
 
@@ -63,6 +64,28 @@ def test_the_bundled_model_makes_the_same_bits_from_the_cache(monkeypatch, opene
     monkeypatch.setenv("SDEDIT_GRAPH_CACHE", "off")
     assert first == second == made()
     assert opened == ["eurosat-64.onnx", "graph.onnx", "eurosat-64.onnx"]
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_refused_and_not_kept(network, negative, cache, tmp_path):
+    path = shutil.copy(network, tmp_path / "model.onnx")
+    read = artifact.read(Path(path))
+    assert read.sha256 == artifact.read(network).sha256
+    shutil.copy(negative, tmp_path / "other.onnx")
+    os.replace(tmp_path / "other.onnx", path)
+    with pytest.raises(sdedit.ArtifactError, match=r"model.onnx: was changed while it was opened"):
+        open_backend("ort-cpu", read, 1)
+    assert list(cache.iterdir()) == []
+    assert edited(Path(path)) == edited(negative)
+
+
+@pytest.mark.parametrize("cached", ["on", "off"])
+def test_a_record_names_the_file_that_was_opened(cached, network, negative, tmp_path, monkeypatch):
+    monkeypatch.setenv("SDEDIT_GRAPH_CACHE", cached)
+    path = shutil.copy(network, tmp_path / "model.onnx")
+    editor = sdedit.load(path, backend="ort-cpu", threads=1)
+    os.unlink(path)
+    result = editor.edit(GUIDE, steps=1)
+    assert record.make(editor, result, 0)["artifact"]["sha256"] == artifact.read(network).sha256
 
 
 def test_off_writes_nothing(network, cache, monkeypatch):

@@ -162,6 +162,13 @@ def test_progress_counts_the_evaluations_of_all_windows(any_size, picture):
     assert seen == [(n, 8) for n in range(1, 9)]
 
 
+def test_a_budget_reckons_with_the_largest_window(any_size, picture):
+    editor, asked = any_size
+    masks = [spot((0, 0, 9, 9)), spot((8, 8, 48, 20))]
+    editor.edit([picture(SIDE, SIDE)] * 2, mask=masks, region="auto", max_ms=1e6, steps=1)
+    assert asked[0] == (1, (48, 32))
+
+
 def test_without_a_mask_or_for_a_fixed_size_the_frame_is_edited(any_size, editor, picture):
     free_editor, asked = any_size
     free_editor.edit(picture(SIDE, SIDE), region="auto")

@@ -36,7 +36,9 @@ Open = Callable[[str | None, Change | None], Any]  # opens a file, None for the 
 
 
 def open_session(artifact: Artifact, open_with: Open) -> Any:
-    """A session of the artifact, from the cache where it can be. Raises what `open_with` raises for the artifact."""
+    """A session of the artifact, from the cache where it can be. Raises what `open_with` raises for the artifact, and
+    ArtifactError where its file was replaced meanwhile.
+    """
     try:
         identity = _identity(artifact)
         entry = None if identity is None else _entry(artifact, identity)
@@ -59,6 +61,7 @@ def open_session(artifact: Artifact, open_with: Open) -> Any:
             with suppress(Exception):  # of a full disk as of a broken artifact, which then says so below
                 session = open_with(None, _keep(made))
             if session is not None:
+                artifact.require_unchanged()
                 with suppress(OSError):
                     _put(made, entry, identity)
                 return session

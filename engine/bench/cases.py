@@ -32,6 +32,11 @@ class Case:
     conditions: tuple[tuple[str, float], ...] = ()  # values of the model's further inputs
     fast: bool = False  # whether backend and precision are the fastest that pass verification, of those named
 
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> "Case":
+        """What `dataclasses.asdict` told, after JSON."""
+        return cls(**{**told, "conditions": tuple((name, value) for name, value in told["conditions"])})
+
     @property
     def label(self) -> str:
         """The case in the words it was asked for."""

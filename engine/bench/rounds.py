@@ -39,8 +39,10 @@ class Bench:
 
         Every second round goes backwards: a steady drift then cancels out.
         """
-        for case in self._cases:
-            self._facts.append(_run(case, None))
+        for index, case in enumerate(self._cases):
+            found = _run(case, None)
+            self._facts.append(found["facts"])
+            self._cases[index] = Case.from_json(found["case"])
             yield len(self._facts)
         done = len(self._cases)
         for number, visit in enumerate(self._effort.visits):

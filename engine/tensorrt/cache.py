@@ -84,14 +84,17 @@ def find_or_build(
 def status() -> CacheStatus:
     """What is in the cache; every plan is read and checked."""
     at = folder()
-    whole, damaged = 0, []
-    for entry in _entries(at):
-        try:
-            plans.read(entry / FILE)
-            whole += 1
-        except ArtifactError as error:
-            damaged.append(str(error))
-    size = sum(file.stat().st_size for file in at.rglob("*") if file.is_file())
+    whole, size, damaged = 0, 0, []
+    try:
+        for entry in _entries(at):
+            try:
+                plans.read(entry / FILE)
+                whole += 1
+            except ArtifactError as error:
+                damaged.append(str(error))
+        size = sum(file.stat().st_size for file in at.rglob("*") if file.is_file())
+    except OSError as error:  # a folder that may not be entered
+        damaged.append(f"{at}: {error.strerror or error}")
     return CacheStatus(at, whole, size, tuple(damaged))
 
 
