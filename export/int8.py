@@ -18,23 +18,21 @@ from sdedit.export.graph import FLOAT, LAYERS, copied, lift_constants, network, 
 from sdedit.export.precision import widen
 
 ROUNDING = {"DequantizeLinear", "QuantizeLinear"}
-TOLERANCE = 0.03  # of D, as ‖ΔD‖ / max(‖D‖, ‖x - D‖): the sum over layers
-MOST = 0.04  # of all of them together, at any noise level; `verify` allows a little more, on other images
-FEWER = 0.7  # of the sum, where that is not kept
-PROBED = 3 * 64 * 64  # pixels on which layers are compared, of as many calibration images as have them, at least one
-DECISIVE = 0.5  # the σ where they are: as large as the picture's contrast, an error of the network shows most
+MOST = 0.04  # of D, as ‖ΔD‖ / max(‖D‖, ‖x - D‖), at any noise level; `verify` allows a little more, on other images
+PROBED = 5 * 64 * 64  # pixels on which layers are compared, of images at noise levels spread over all
+LEAST_PROBED = 2  # images, however large
 
 Array = NDArray[np.generic]
 Feed = Mapping[str, Array]
 
 
-def quantize(model: ModelProto, feeds: Iterable[Feed], *, tolerance: float = TOLERANCE) -> ModelProto:
+def quantize(model: ModelProto, feeds: Iterable[Feed], *, tolerance: float = MOST) -> ModelProto:
     """The denoiser with 8-bit layers: QuantizeLinear and DequantizeLinear, u8 activations, s8 weights per channel.
 
     feeds: network inputs, {"x": (B, C, H, W), "sigma": (B,)}, from all noise levels: they set the ranges. Layers with
-    weights are rounded one at a time on a few images of them; those whose errors add up to the tolerance, smallest
-    first, become int8, the others stay float32, if need be all. In a U-Net the costly ones write the finest residual
-    stream. Where all together miss MOST on any feed, fewer are taken.
+    weights are rounded one at a time on a few images of them. As many of those that err least become int8 as keep the
+    tolerance together, on every image; the others stay float32, if need be all. In a U-Net the costly ones write the
+    finest residual stream.
     """
     feeds = list(feeds)
     model = widen(model)
@@ -55,15 +53,16 @@ def quantize(model: ModelProto, feeds: Iterable[Feed], *, tolerance: float = TOL
         all_rounded = _calibrated(exact, rounded, layers, feeds)
         errors = _errors(model, all_rounded, layers, feeds, Path(folder) / "probe.onnx")
         order = sorted(layers, key=errors.__getitem__)
-        total = np.cumsum([errors[name] for name in order])  # bounds the whole error, to first order
         wanted = list(_denoised(exact, feeds))
-        result, budget = model, tolerance
-        while chosen := {name for name, error in zip(order, total, strict=True) if error <= budget}:
-            result = _with_layers(model, all_rounded, chosen)
-            _save(result, rounded)
-            if all(error <= MOST for error in _each_error(feeds, wanted, _denoised(rounded, feeds))):
-                break
-            result, budget = model, FEWER * float(total[len(chosen) - 1])
+        result, fewest, most = model, 0, len(order)
+        while fewest < most:
+            count = (fewest + most + 1) // 2
+            tried = _with_layers(model, all_rounded, set(order[:count]))
+            _save(tried, rounded)
+            if all(error <= tolerance for error in _each_error(feeds, wanted, _denoised(rounded, feeds))):
+                result, fewest = tried, count
+            else:
+                most = count - 1
     del result.graph.value_info[:]
     return result
 
@@ -124,7 +123,7 @@ def _each_error(feeds: Sequence[Feed], exact: Sequence[Array], rounded: Iterable
 def _errors(
     model: ModelProto, all_rounded: ModelProto, layers: Sequence[str], feeds: Sequence[Feed], path: Path
 ) -> dict[str, float]:
-    """The error of D when one layer alone is int8, per layer, at the worst of those images nearest to DECISIVE.
+    """The error of D when one layer alone is int8, per layer, at the worst of a few images.
 
     One graph for all of them: the number of that layer is an input, and each layer an If.
     """
@@ -155,8 +154,9 @@ def _errors(
     images = [
         {name: values[i : i + 1] for name, values in feed.items()} for feed in feeds for i in range(len(feed["x"]))
     ]
-    images.sort(key=lambda feed: abs(feed["sigma"].item() / (feed["sigma"].item() + DECISIVE) - 0.5))
-    for feed in images[: max(1, PROBED // math.prod(images[0]["x"].shape[2:]))]:
+    images.sort(key=lambda feed: float(feed["sigma"].item()))
+    count = max(LEAST_PROBED, PROBED // math.prod(images[0]["x"].shape[2:]))
+    for feed in [images[i] for i in np.unique(np.linspace(0, len(images) - 1, count).round().astype(int))]:
         exact = session.run(None, {**feed, "int8_layer": np.array(-1)})[0]
         size = max(np.linalg.norm(exact), np.linalg.norm(feed["x"] - exact))
         for i in range(len(layers)):
