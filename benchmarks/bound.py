@@ -9,6 +9,7 @@ not ‖g − x(0)‖, and adds the squares of noise and drift without their cros
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,21 @@ COUNT = 20  # guides
 DELTA = 0.05
 
 
+def kept(cache: Cache, setting: Setting) -> Path:
+    """The file of what was measured."""
+    return cache.folder / f"bound-{setting.name}-{COUNT}.json"
+
+
 def measure(cache: Cache, guides: Guides, setting: Setting) -> dict[str, Any]:
     """The bound and the ‖g − x‖² of COUNT guides, for values in [-1, 1]; from the cache where it is there."""
-    path = cache.folder / f"bound-{setting.name}-{COUNT}.json"
+    path = kept(cache, setting)
     if path.exists():
         return dict(json.loads(path.read_text()))
     editor = cache.editor
     guide = np.float32(cache.painted(guides, setting.colors)[:COUNT].transpose(0, 3, 1, 2) / 127.5 - 1)
-    table = sdedit.plan(editor.sde, t0=setting.t0, steps=setting.steps, sampler=setting.sampler)
+    table = sdedit.plan(
+        editor.sde, t0=setting.t0, steps=setting.steps, sampler=setting.sampler, spacing=setting.spacing
+    )
     noise = sdedit.Noise([setting.seed(i) for i in range(len(guide))], guide.shape[1:], steps=table.steps)
     network = editor.backend.bind(len(guide), {})
     scores = []  # largest ‖s‖² of every step

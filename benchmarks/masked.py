@@ -1,6 +1,7 @@
 """Strokes on a part of a photograph: what an edit changes outside its mask, which must be nothing."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,14 @@ def collages(photos: Pictures, painted: Pictures) -> tuple[Pictures, NDArray[np.
     return np.where(inside[..., None], painted, photos), np.where(inside, np.uint8(255), np.uint8(0))
 
 
+def kept(cache: Cache, guides: Guides, setting: Setting) -> Path:
+    """The file of what was measured."""
+    return cache.folder / f"masked-{setting.name}-{min(COUNT, guides.count)}.json"
+
+
 def measure(cache: Cache, guides: Guides, setting: Setting) -> dict[str, Any]:
     """The L2 between guide and result outside the mask, and inside; from the cache where it is there."""
-    count = min(COUNT, guides.count)
-    path = cache.folder / f"masked-{setting.name}-{count}.json"
+    count, path = min(COUNT, guides.count), kept(cache, guides, setting)
     if path.exists():
         return dict(json.loads(path.read_text()))
     pictures, masks = collages(guides.photos[:count], cache.painted(guides)[:count])

@@ -2,7 +2,7 @@
 
 The guides are simulated stroke paintings of EuroSAT photographs that the bundled model never saw. Guides and results
 are kept in chunks of 20, one file a chunk, written whole or not at all: a study that was stopped goes on where it was.
-A cache belongs to one model, one backend and one choice of guides, which `made-by.json` in it names.
+A cache belongs to one model, one choice of guides and one way to run them, which `made-by.json` in it names.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -149,27 +148,28 @@ class Cache:
     def claim(self, guides: Guides) -> dict[str, Any]:
         """What made the results in this cache, noted when it is new. Raises OptionError if it was something else."""
         model, backend = self.editor.artifact, self.editor.backend
-        identity = {
+        ours = {"sdedit-engine": sdedit.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+        claimed = {
             "model": {"name": model.name, "sha256": model.sha256},
             "photos_sha256": hashlib.sha256(guides.held_out.tobytes()).hexdigest(),
             "backend": backend.name,
+            "precision": backend.precision,
+            "batch": self.batch,
+            "gpu": _gpu(),
+            "versions": ours | dict(backend.versions),
         }
         path = self.folder / MADE_BY
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            ours = {"sdedit-engine": sdedit.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
-            versions = ours | dict(backend.versions)
-            how = {"precision": backend.precision, "batch": self.batch, "gpu": _gpu(), "versions": versions}
-            made_by = identity | how
-            _replace(path, json.dumps(made_by, indent=2).encode())
+            _replace(path, json.dumps(claimed, indent=2).encode())
         made_by = json.loads(path.read_text())
-        for name, value in identity.items():
+        for name, value in claimed.items():
             if made_by.get(name) != value:
                 raise sdedit.OptionError(
                     f"{path}: the results here were made with {name} {made_by.get(name)}, not {value}",
                     hint="name another --cache folder",
                 )
-        return dict(made_by)
+        return claimed
 
 
 def results(cache: Cache, setting: Setting, guides: Guides) -> Pictures:
@@ -271,7 +271,7 @@ class _Redraw(argparse.Action):
 def _stop(*_: Any) -> None:
     for child in multiprocessing.active_children():
         child.terminate()
-    sys.exit(128 + signal.SIGTERM)
+    os._exit(128 + signal.SIGTERM)  # at once: every file of a cache is written whole or not at all
 
 
 def _gpu() -> str | None:

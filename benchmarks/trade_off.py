@@ -4,9 +4,9 @@ what repeats, samplers and steps change.
 python benchmarks/trade_off.py EuroSAT_RGB.zip --cache DIR --features INCEPTION.pt [-o benchmarks/results]
 python benchmarks/trade_off.py --redraw benchmarks/results/trade_off.json
 
-500 guides, one seed each: two minutes of an H100 beside 16 cores, or two to three hours of two cores. Resumable:
-results and features are kept in DIR, which may be that of few_steps.py. --minutes M stops making new ones after so
-long, --report makes none; what there is then is reported.
+300 guides, one seed each: an hour and a half of two cores. Resumable: results and features are kept in DIR, which may
+be that of few_steps.py. --minutes M stops making new ones after so long, --report makes none; what there is then is
+reported.
 """
 
 import argparse
@@ -28,12 +28,19 @@ from samples import Cache, Guides, Setting
 
 import sdedit
 
-BASE = Setting(t0=0.5, steps=30, sampler="ancestral")
+BASE = Setting(t0=0.5, steps=20, sampler="dpmpp-2m-sde", spacing="karras")  # the bundled model's own
 T0S = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 COLORS = (3, 6, 16, 30, 50)  # the paper's table 4
 REPEATS = (1, 2, 3)  # its K
-SAMPLERS, STEPS = ("em", "ancestral"), (20, 30, 50, 100, 200, 500)
+SAMPLING = Setting(t0=1.0, steps=30, sampler="ancestral")  # from noise alone: what the model can do
+STEPS = (20, 30, 50, 100, 200, 500)  # of em and ancestral, uniform in t
 SUBSET_SIZE, SUBSETS = 100, 100
+
+
+def beside(steps: int) -> tuple[Setting, Setting]:
+    """The paper's `em` and `ancestral`, as many steps."""
+    em = Setting(t0=BASE.t0, steps=steps, sampler="em")
+    return em, replace(em, sampler="ancestral")
 
 
 def parts() -> dict[str, list[Setting]]:
@@ -42,7 +49,8 @@ def parts() -> dict[str, list[Setting]]:
         "t0": [replace(BASE, t0=t0) for t0 in T0S],
         "colors": [replace(BASE, colors=colors) for colors in COLORS],
         "repeats": [replace(BASE, repeats=repeats) for repeats in REPEATS],
-        "samplers": [replace(BASE, sampler=sampler, steps=steps) for steps in STEPS for sampler in SAMPLERS],
+        "sampling": [SAMPLING],
+        "samplers": [setting for steps in STEPS for setting in beside(steps)],
     }
 
 
@@ -108,6 +116,7 @@ def conditions(study: Study) -> dict[str, Any]:
         "guides": study.guides.count,
         "real": len(study.guides.held_out),
         "seeds": "guide's index, run a",
+        "base": asdict(BASE),
         "features": {"name": network.path.name, "sha256": network.sha256, "input": "299 pixels, (pixel - 128) / 128"},
         "kid": {"subset_size": SUBSET_SIZE, "subsets": SUBSETS, "standard_error": "see sdedit.kid"},
         "l2": "of pixels in [0, 1], mean over guides and its standard error",
@@ -121,7 +130,7 @@ def report(study: Study) -> dict[str, Any]:
         for setting in dict.fromkeys(setting for settings in parts().values() for setting in settings)
         if study.has(setting)
     }
-    pairs = [(replace(BASE, sampler="em", steps=steps), replace(BASE, steps=steps)) for steps in STEPS]
+    pairs = [beside(steps) for steps in STEPS]
     return {
         "conditions": conditions(study),
         "guide": [study.guide_row(colors) for colors in COLORS],
@@ -133,14 +142,14 @@ def report(study: Study) -> dict[str, Any]:
 def show(study: Study, folder: Path) -> None:
     """The sheets of pictures whose settings are finished."""
 
-    def at(t0: float) -> samples.Pictures | None:
-        setting = replace(BASE, t0=t0)
-        return samples.results(study.cache, setting, study.guides) if study.has(setting) else None
+    def made(setting: Setting) -> samples.Pictures:
+        return samples.results(study.cache, setting, study.guides)
 
-    made = {t0: pictures for t0 in trade_off_report.SHOWN_T0S if (pictures := at(t0)) is not None}
-    trade_off_report.show(study.guides.photos, study.cache.painted(study.guides), made, folder)
-    if (sampled := at(1.0)) is not None:
-        trade_off_report.show_samples(sampled, folder)
+    settings = {t0: replace(BASE, t0=t0) for t0 in trade_off_report.SHOWN_T0S}
+    by_t0 = {t0: made(setting) for t0, setting in settings.items() if study.has(setting)}
+    trade_off_report.show(study.guides.photos, study.cache.painted(study.guides), by_t0, folder)
+    if study.has(SAMPLING):
+        trade_off_report.show_samples(made(SAMPLING), folder)
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
@@ -151,7 +160,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Realism against faithfulness.")
     samples.add_arguments(parser)
-    parser.set_defaults(guides=500, draw=trade_off_report.draw)
+    parser.set_defaults(guides=300, draw=trade_off_report.draw)
     arguments = parser.parse_args()
     end = samples.until(arguments)
     cache, guides = samples.opened(arguments)
@@ -161,8 +170,10 @@ def main() -> None:
     found = report(study)
     write(found, arguments.output)
     show(study, arguments.output)
-    found["masked"] = masked.measure(cache, guides, BASE)
-    found["bound"] = [bound.measure(cache, guides, setting) for setting in parts()["t0"]]
+    if not arguments.report or masked.kept(cache, guides, BASE).exists():
+        found["masked"] = masked.measure(cache, guides, BASE)
+    t0s = [setting for setting in parts()["t0"] if not arguments.report or bound.kept(cache, setting).exists()]
+    found["bound"] = [bound.measure(cache, guides, setting) for setting in t0s]
     write(found, arguments.output)
 
 

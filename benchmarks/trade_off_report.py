@@ -39,7 +39,7 @@ def show(photos: Pictures, painted: Pictures, made: Mapping[float, Pictures], fo
 
 
 def show_samples(pictures: Pictures, folder: Path) -> None:
-    """trade_off_samples.png: results at t0 = 1, where nothing of the guide is left."""
+    """trade_off_samples.png: results from noise alone, where nothing of the guide is left."""
     rows = [list(pictures[at : at + SHOWN_SAMPLES]) for at in range(0, 4 * SHOWN_SAMPLES, SHOWN_SAMPLES)]
     columns = ["t0 = 1"] * SHOWN_SAMPLES
     look.sheet(rows, columns).save(folder / "trade_off_samples.png")
@@ -51,7 +51,7 @@ def _against_t0(axes: "Axes", report: Report) -> None:
     guide = _guide(report, 6)
     axes.axhline(guide["kid"], color=look.REALISM, linestyle=":", linewidth=1.2)
     axes.annotate(
-        "the guides themselves", (1.0, guide["kid"]), xytext=(0, 3), textcoords="offset points", ha="right",
+        "the guides themselves", (0.14, guide["kid"]), xytext=(0, -4), textcoords="offset points", va="top",
         fontsize=8.5, color=look.REALISM,
     )  # fmt: skip
     axes.set(
@@ -110,7 +110,7 @@ def _guide(report: Report, colors: int) -> dict[str, Any]:
 def text(report: Report) -> Iterator[str]:
     """trade_off.md, line by line."""
     made = report["conditions"]
-    kid = made["kid"]
+    kid, base = made["kid"], made["base"]
     yield from (
         "# Realism against faithfulness",
         "",
@@ -121,8 +121,9 @@ def text(report: Report) -> Iterator[str]:
         "![Results at t0 = 1](trade_off_samples.png)",
         "",
         f"{made['guides']} stroke paintings of held-out EuroSAT photographs, one result each ({made['seeds']}), edited "
-        f"by `{made['model']['name']}` ({made['model']['sha256'][:12]}) on `{made['backend']}`; t0 0.5, 30 `ancestral` "
-        f"steps, K = 1 and 6 colours where nothing else is said. KID: to all {made['real']} held-out photographs "
+        f"by `{made['model']['name']}` ({made['model']['sha256'][:12]}) on `{made['backend']}`; t0 {base['t0']}, "
+        f"{base['steps']} `{base['sampler']}` steps ({base['spacing']}), K = {base['repeats']} and {base['colors']} "
+        f"colours where nothing else is said. KID: to all {made['real']} held-out photographs "
         f"(those that the strokes were painted from are among them), {kid['subsets']} subsets of {kid['subset_size']}, "
         f"± the standard error that `sdedit.kid` defines; features of `{made['features']['name']}` "
         f"({made['features']['sha256'][:12]}, {made['features']['input']}). L2: √Σ of squared differences to the guide "
@@ -143,15 +144,17 @@ def text(report: Report) -> Iterator[str]:
     yield from _samplers(report)
     if "masked" in report:
         yield from _masked(report["masked"])
-    if "bound" in report:
+    if report.get("bound"):
         yield from _bound(report["bound"])
 
 
 def _quality(report: Report) -> Iterator[str]:
     """The two figures that say how good the model is."""
-    found = {row["t0"]: _pm(row, "kid", 4) for row in report.get("t0", [])}
-    if {0.5, 1.0} <= found.keys():
-        yield f"The model: KID {found[1.0]} at t0 = 1 (pure sampling) and {found[0.5]} at t0 = 0.5 from strokes."
+    edited = [row for row in report.get("t0", []) if row["t0"] == report["conditions"]["base"]["t0"]]
+    for sampled, edit in zip(report.get("sampling", []), edited, strict=False):
+        how = f"{sampled['steps']} `{sampled['sampler']}` steps, {sampled['spacing']}"
+        yield f"The model: KID {_pm(sampled, 'kid', 4)} from noise alone (t0 = {sampled['t0']:g}; {how}), "
+        yield f"and {_pm(edit, 'kid', 4)} from strokes at t0 = {edit['t0']}."
         yield ""
 
 
@@ -163,6 +166,7 @@ def _table(rows: Rows, x: str, title: str) -> Iterator[str]:
 
 
 def _samplers(report: Report) -> Iterator[str]:
+    yield from ("`em` and `ancestral`, steps uniform in t:", "")
     yield from ("| N | `em` | `ancestral` | `em` − `ancestral`, paired |", "| ---: | ---: | ---: | ---: |")
     found = {(row["sampler"], row["steps"]): row for row in report.get("samplers", [])}
     paired = {row["one"]["steps"]: row for row in report.get("differences", [])}
