@@ -48,7 +48,7 @@ def test_a_driver_without_graphs_is_said_so(case, monkeypatch):
 
 
 def test_the_row_names_the_gpu(case):
-    found = examine(case)
+    found = examine(case)["facts"]
     assert found["gpu"]
     assert (found["backend"], found["batch"], found["steps"]) == ("tensorrt", 2, 5)
     assert "tensorrt" in found["versions"]
