@@ -49,11 +49,8 @@ def _against_t0(axes: "Axes", report: Report) -> None:
     rows = report.get("t0", [])
     _two_scales(axes, rows, "t0")
     guide = _guide(report, 6)
-    axes.axhline(guide["kid"], color=look.REALISM, linestyle=":", linewidth=1.2)
-    axes.annotate(
-        "the guides themselves", (0.14, guide["kid"]), xytext=(0, -4), textcoords="offset points", va="top",
-        fontsize=8.5, color=look.REALISM,
-    )  # fmt: skip
+    axes.axhline(guide["kid"], color=look.REALISM, linestyle=":", linewidth=1.2, label="the guides themselves")
+    axes.legend(loc="upper left")
     axes.set(
         title="Where the edit starts (paper, figure 3)",
         xlabel="t0: faithful … realistic",
