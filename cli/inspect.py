@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sdedit.cli.arguments import SCHEDULE, add_json, add_schedule
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import print_json
+from sdedit.errors import OptionError
 
 if TYPE_CHECKING:
     from sdedit.artifact import Artifact
@@ -32,21 +33,33 @@ def run(arguments: argparse.Namespace) -> int:
 
     path = Path(arguments.file) if arguments.file else artifact.BUNDLED
     if path.suffix.lower() == ".png":
+        refuse_table(path, arguments)
         fields = record.read_json(path)
         print_json({"path": str(path), "record": fields} if arguments.json else fields)
         return OK
     if path.suffix != ".plan" and (edit := artifact.loop_metadata(path)) is not None:
+        refuse_table(path, arguments)
         print_json({"path": str(path), "edit": edit} if arguments.json else edit)
         return OK
     opened, described = describe(path)
-    wants_table = any(getattr(arguments, name) is not None for name in SCHEDULE)
-    if wants_table:
+    if asked_of_table(arguments):
         described["table"] = step_table(opened, arguments)
     if arguments.json:
         print_json(described)
     else:
         show(described)
     return OK
+
+
+def asked_of_table(arguments: argparse.Namespace) -> list[str]:
+    """The options of a step table that were given."""
+    return [name for name in SCHEDULE if getattr(arguments, name) is not None]
+
+
+def refuse_table(path: Path, arguments: argparse.Namespace) -> None:
+    """Raise OptionError if a step table is asked for: only models have a schedule of their own."""
+    if given := asked_of_table(arguments):
+        raise OptionError(f"{path}: --{given[0]} asks for a step table, and this is no model", hint="leave it out")
 
 
 def describe(path: Path) -> tuple["Artifact", dict[str, Any]]:

@@ -95,7 +95,8 @@ def distance_outside(shape: tuple[int, ...], left: int, top: int, width: int, he
 
 def _inside(patch: Patch, source: Picture, target: Picture) -> Patch:
     """The patch, if it lies inside both pictures. Raises OptionError, ImageError."""
-    numbers = [patch.x, patch.y, patch.width, patch.height, *(patch.to or (0, 0))]
+    to = (patch.x, patch.y) if patch.to is None else patch.to
+    numbers = [patch.x, patch.y, patch.width, patch.height, *(to if isinstance(to, tuple | list) else [to])]
     if len(numbers) != 6 or not all(isinstance(one, int | np.integer) for one in numbers):
         raise OptionError(
             f"a patch at {numbers}; wanted whole pixels", hint="Patch(source, x, y, width, height, (x, y))"
@@ -103,7 +104,7 @@ def _inside(patch: Patch, source: Picture, target: Picture) -> Patch:
     size = f"{patch.width}x{patch.height}"
     if patch.width < 1 or patch.height < 1:
         raise OptionError(f"a patch of {size} pixels", hint="width and height are at least 1")
-    for picture, (x, y), role in ((source, (patch.x, patch.y), "from"), (target, patch.to or (patch.x, patch.y), "to")):
+    for picture, (x, y), role in ((source, (patch.x, patch.y), "from"), (target, to, "to")):
         width, height = picture.size
         if x < 0 or y < 0 or x + patch.width > width or y + patch.height > height:
             raise ImageError(

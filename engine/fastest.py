@@ -80,7 +80,7 @@ def open_fastest(
     if artifact.precision != "fp32":
         raise OptionError(
             f"{artifact.path.name} is {artifact.precision}; the fastest execution is looked for from fp32",
-            hint="name the fp32 artifact with -m: others beside it are found; or leave --fast out",
+            hint="name the fp32 artifact, beside which others are found; or leave --fast out",
         )
     models = [artifact, *companions(artifact)]
     identity = _identity(models, backend, precision, threads)

@@ -95,6 +95,8 @@ class Tuner:
 
         Raises OptionError, NetworkError.
         """
+        if np.ndim(t0s) != 1:
+            raise OptionError(f"t0s is {t0s!r}; wanted a list of numbers", hint="one t0 is a list too: at([0.5])")
         tables = [plan(self.sde, **{**self.options.schedule(), "t0": t0}) for t0 in t0s]
         todo = [replace(job, table=table) for table in tables for job in self._jobs]
         distances: list[float] = []

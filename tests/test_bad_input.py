@@ -1355,6 +1355,10 @@ def test_what_carries_no_record_is_not_replayed(
         refused(["inspect", tmp_path / name], 1, f"{tmp_path / name}: ", text)
 
 
+def test_only_a_model_has_a_step_table(refused: Callable[..., Ran], made: Path) -> None:
+    refused(["inspect", made, "--steps", "2"], 2, f"{made}: --steps asks for a step table, and this is no model")
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "1", '"x"', "\x00", DEEP_LIST, DEEP_OBJECT], ids=lambda text: repr(text[:10])
 )

@@ -98,6 +98,12 @@ def test_an_unknown_blend_and_no_patch_are_refused(target):
 # --- the command -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("to", [5, (1,), (1.5, 2), "ab"])
+def test_a_patch_goes_to_whole_pixels(target, to):
+    with pytest.raises(sdedit.OptionError, match="wanted whole pixels"):
+        sdedit.compose(target, [Patch(target, 0, 0, 4, 4, to=to)])
+
+
 @pytest.mark.parametrize(
     ("text", "patch"),
     [

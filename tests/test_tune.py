@@ -79,6 +79,12 @@ def test_l2_is_the_root_of_the_summed_squares_by_hand(paint, picture):
     assert trial.l2 == pytest.approx(np.sqrt((((204 - guide.astype(float)) / 255) ** 2).sum()), rel=1e-12)
 
 
+def test_one_t0_is_asked_for_as_a_list(paint, picture):
+    editor, refused = sdedit.load(paint, backend="ort-cpu"), pytest.raises(sdedit.OptionError, match="wanted a list of")
+    with sdedit.open_tuner(editor, [picture(12, 8)], steps=2) as tuner, refused:
+        tuner.at(0.5)
+
+
 def test_with_a_mask_what_is_kept_adds_nothing(paint, picture):
     guide, mask = picture(24, 16), np.zeros((16, 24), np.uint8)
     mask[4:8, 6:16] = 255
