@@ -13,6 +13,7 @@ from sdedit.tensors import require_shape
 KIND_CUDA = 2  # DLDeviceType kDLCUDA
 FLOAT = 2  # DLDataTypeCode kDLFloat
 LEGACY_STREAM = 1  # the handle of the default stream that both protocols can tell from none
+WITH_STREAM = 3  # the version of `__cuda_array_interface__` that names the stream to wait for
 
 
 class _DlTensor(ctypes.Structure):
@@ -73,14 +74,16 @@ class GpuView:
             found = getattr(tensor, "__cuda_array_interface__", None)
         except Exception as error:  # PyTorch's own, for a tensor on the CPU or with a gradient
             raise ImageError(f"the {role} cannot be used: {error}", hint="pass tensor.detach(), on the GPU") from error
-        self._by_dlpack = found is None
-        if found is not None:
+        # an older interface does not say what fills the tensor: where its owner orders streams itself, as PyTorch does
+        # by DLPack, it shall
+        self._by_dlpack = hasattr(tensor, "__dlpack__") and (found or {}).get("version", 0) < WITH_STREAM
+        if self._by_dlpack:
+            self._take_dlpack(tensor, None)
+        elif found is not None:
             self.pointer, self.shape = int(found["data"][0]), tuple(map(int, found["shape"]))
             self._stream = found.get("stream")
             self._require_floats(found["typestr"] in ("<f4", "=f4"), found["typestr"])
             self._require_contiguous(found.get("strides"), itemsize=4)
-        elif hasattr(tensor, "__dlpack__"):
-            self._take_dlpack(tensor, None)
         else:
             raise ImageError(
                 f"the {role} is {type(tensor).__name__}; wanted a tensor on the GPU",

@@ -6,7 +6,7 @@ Run by tests/test_device_loop.py in a process of its own, once for each port tha
 import ctypes
 import gc
 import os
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import sdedit
 from cuda_double.linear import LinearNetwork, double, edit, linear
 from sdedit.cuda.device_loop import MOST_GRAPHS, MOST_STEPS_A_GRAPH, DeviceLoop
 from sdedit.cuda.driver import VARIABLE, open_driver
+from sdedit.cuda.interop import _capsule
 from sdedit.cuda.pool import LoopPool
 from sdedit.executor import Batch, HostExecutor
 from sdedit.image import to_pixels
@@ -513,6 +514,32 @@ def test_a_guide_that_another_stream_still_fills_is_waited_for(driver, tensor_ed
     driver.synchronize(stream)
     driver.free_pinned(pinned)
     driver.free_stream(stream)
+
+
+def test_a_tensor_as_pytorch_has_them_is_waited_for_too(driver, tensor_editor):
+    """Its older interface names no stream; by DLPack its library makes ours wait for what fills it."""
+
+    class Torch(Elsewhere):
+        def __dlpack_device__(self):
+            return 2, 0
+
+        def __dlpack__(self, *, stream):
+            if stream != -1:
+                self.driver.graphs.follow(stream, self.filled_on)
+            return _capsule(SimpleNamespace(pointer=self.pointer, shape=self.values.shape))
+
+    guide, _, _ = inputs((1, *EVEN), masked=False)
+    wanted = on_host(guide, None, [0], sdedit.plan(VP, steps=6))
+    ours = Torch(driver, np.zeros_like(guide), version=2)
+    ours.filled_on = driver.make_stream()
+    pinned = driver.allocate_pinned(guide.nbytes)
+    pinned.view(np.float32)[:] = guide.ravel()
+    double.defer()
+    driver.upload(ours.pointer, pinned, ours.filled_on)
+    np.testing.assert_allclose(fetched(driver, tensor_editor.edit_tensor(ours)), wanted, rtol=0, atol=1e-6)
+    driver.synchronize(ours.filled_on)
+    driver.free_pinned(pinned)
+    driver.free_stream(ours.filled_on)
 
 
 def test_a_guide_at_any_address_is_taken(driver, tensor_editor):
