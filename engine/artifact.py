@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -139,12 +140,12 @@ class Artifact:
         return self.path, *sorted(self.external)
 
     def _changed(self) -> ArtifactError:
-        return ArtifactError(f"{self.path}: was changed while it was opened", hint="load it again")
+        return ArtifactError(f"{self.path}: was changed since it was read", hint="load it again")
 
 
 def read(path: Path) -> Artifact:
     """Open and validate an artifact. Raises ArtifactError that says which field is wrong, and how."""
-    model, size = _read_onnx(path)
+    model, stat = _read_onnx(path)
     text = model.metadata.get("sdedit")
     if "sdedit_loop" in model.metadata and text is None:
         raise ArtifactError(
@@ -158,10 +159,10 @@ def read(path: Path) -> Artifact:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: metadata 'sdedit' is not JSON: {error}", hint=EXPORT_HINT) from error
     try:
-        artifact = validate(path, model, size, metadata)
+        artifact = validate(path, model, stat.st_size, metadata)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}", hint=error.hint) from None
-    return replace(artifact, state=_state(artifact._files))
+    return replace(artifact, state=(_state_of(stat), *_state(artifact._files[1:])))
 
 
 def loop_metadata(path: Path) -> Any:
@@ -180,19 +181,24 @@ def is_artifact(path: Path) -> bool:
 
 def _state(files: Sequence[Path]) -> State:
     """What is another after a file was replaced or written to. Raises OSError."""
-    found = [file.stat() for file in files]
-    return tuple((one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
+    return tuple(_state_of(file.stat()) for file in files)
 
 
-def _read_onnx(path: Path) -> tuple[protobuf.Model, int]:
+def _state_of(file: os.stat_result) -> tuple[int, ...]:
+    return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
+
+
+def _read_onnx(path: Path) -> tuple[protobuf.Model, os.stat_result]:
+    """The model, and which file it was read from."""
     try:
-        size = path.stat().st_size
         if path.is_dir():
             raise ArtifactError(f"{path}: is a folder, not an .onnx file", hint="name the .onnx file in it")
-        if size == 0:
-            raise ArtifactError(f"{path}: is empty (0 bytes)", hint="copy or write it again")
-        with path.open("rb") as file:  # mapped, so that the weights are never read
-            return protobuf.read_model(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))), size
+        with path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            if stat.st_size == 0:
+                raise ArtifactError(f"{path}: is empty (0 bytes)", hint="copy or write it again")
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # the weights are never read
+            return protobuf.read_model(mapped), stat
     except FileNotFoundError:
         raise ArtifactError(
             f"{path}: no such file", hint="check the path; leave it out for the bundled model"

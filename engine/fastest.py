@@ -103,6 +103,8 @@ def open_fastest(
                 f"nothing that runs {artifact.name} here passed verification",
                 hint="leave --fast out; see 'sdedit doctor'",
             )
+        for model in models:
+            model.require_unchanged()
         _keep(kept, identity, trials)
     best = min((trial for trial in trials if trial.passed), key=lambda trial: _cost(trial, trials))
     log.info("fast: %s", _verdict(best, trials))

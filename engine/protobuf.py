@@ -31,6 +31,7 @@ class Model:
     external: tuple[str, ...] = ()  # files beside it that hold weights, as it names them
 
 
+LOCATION = b"location"  # the key of external data
 ELEMENTS = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
 
 
@@ -53,33 +54,34 @@ def read_model(data: memoryview) -> Model:
         raise ValueError("no graph in it")
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
-    weights = set()
+    weights: set[str] = set()
+    external: dict[str, None] = {}
     for number, value in _fields(graph):
-        if number == 5 and isinstance(value, memoryview):
+        if number == 5:
             weights.add(next((_text(v) for n, v in _fields(value) if n == 8), ""))
         elif number in (11, 12):
             (inputs if number == 11 else outputs).append(_tensor(value))
-    external = tuple(dict.fromkeys(_external(graph)))
-    return Model(opset, metadata, tuple(t for t in inputs if t.name not in weights), tuple(outputs), external)
+        external |= dict.fromkeys(_external(number, value))
+    return Model(opset, metadata, tuple(t for t in inputs if t.name not in weights), tuple(outputs), tuple(external))
 
 
-def _external(graph: Value) -> Iterator[str]:
-    """Where the weights of a GraphProto lie that it does not hold itself; also those of nodes and inner graphs."""
-    for number, value in _fields(graph):
-        if number == 5:  # initializer
-            yield from _location(value)
-        elif number == 15:  # sparse_initializer: values, indices
-            for _, tensor in _fields(value):
-                if not isinstance(tensor, int):
-                    yield from _location(tensor)
-        elif number == 1:  # node
-            for field, attribute in _fields(value):
-                if field == 5:
-                    for kind, part in _fields(attribute):
-                        if kind in (5, 10):  # t, tensors
-                            yield from _location(part)
-                        elif kind in (6, 11):  # g, graphs
-                            yield from _external(part)
+def _external(number: int, value: Value) -> Iterator[str]:
+    """Where the weights lie that this field of a GraphProto does not hold itself; also those of inner graphs."""
+    if number == 5:  # initializer
+        yield from _location(value)
+    elif number == 15:  # sparse_initializer: values, indices
+        for _, tensor in _fields(value):
+            if not isinstance(tensor, int):
+                yield from _location(tensor)
+    elif number == 1 and LOCATION in bytes(value):  # node; most have none, and are not looked into
+        for field, attribute in _fields(value):
+            if field == 5:
+                for kind, part in _fields(attribute):
+                    if kind in (5, 10):  # t, tensors
+                        yield from _location(part)
+                    elif kind in (6, 11):  # g, graphs
+                        for inner, content in _fields(part):
+                            yield from _external(inner, content)
 
 
 def _location(tensor: Value) -> Iterator[str]:
@@ -87,7 +89,7 @@ def _location(tensor: Value) -> Iterator[str]:
     for number, value in _fields(tensor):
         if number == 13:
             entry = dict(_fields(value))
-            if _text(entry.get(1, memoryview(b""))) == "location":
+            if entry.get(1) == LOCATION:
                 yield _text(entry.get(2, memoryview(b"")))
 
 

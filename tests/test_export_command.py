@@ -409,6 +409,25 @@ def test_external_data_may_not_leave_the_folder(tmp_path, location):
         artifact.read(path)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["a node", "a node of a branch"])
+def test_external_data_of_a_constant_is_found_too(tmp_path, inside):
+    path = with_external(tmp_path / "model.onnx", "beside.data")
+    model = onnx.load(path, load_external_data=False)
+    constant = helper.make_node("Constant", [], ["w"], value=model.graph.initializer.pop())
+    if inside:
+        branch = helper.make_graph([constant], "b", [], [helper.make_tensor_value_info("w", TensorProto.FLOAT, None)])
+        true = helper.make_node("Constant", [], ["true"], value=numpy_helper.from_array(np.array(True)))
+        nodes = [true, helper.make_node("If", ["true"], ["w"], then_branch=branch, else_branch=branch)]
+    else:
+        nodes = [constant]
+    nodes += model.graph.node
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=r"its weights are in 'beside.data', which is not beside it"):
+        artifact.read(path)
+
+
 def test_external_data_that_is_missing_is_named(tmp_path):
     path = with_external(tmp_path / "model.onnx", "model.onnx.data")
     with pytest.raises(ArtifactError, match=r"its weights are in 'model.onnx.data', which is not beside it"):

@@ -95,6 +95,20 @@ def test_the_choice_is_looked_for_once_on_a_machine(folder, times, monkeypatch):
     assert opened(folder) == first
 
 
+def test_what_was_found_of_a_file_that_is_no_longer_there_is_not_kept(folder, times, cache, monkeypatch):
+    times |= {"right.onnx": 9.0, "int8.onnx": 5.0}
+    verified = fastest._verified
+
+    def replaced(*given):
+        (folder / "wrong.onnx").touch()
+        return verified(*given)
+
+    monkeypatch.setattr(fastest, "_verified", replaced)
+    with pytest.raises(sdedit.ArtifactError, match=r"wrong\.onnx: was changed since it was read"):
+        opened(folder)
+    assert not cache.exists()
+
+
 CHANGES = {
     "threads": lambda patch, folder: {"threads": 1},
     "another cpu": lambda patch, folder: patch.setattr(fastest.cpu, "identity", lambda: ["flags: none"]),

@@ -72,10 +72,24 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_refused_and_not_kept(netw
     assert read.sha256 == artifact.read(network).sha256
     shutil.copy(negative, tmp_path / "other.onnx")
     os.replace(tmp_path / "other.onnx", path)
-    with pytest.raises(sdedit.ArtifactError, match=r"model.onnx: was changed while it was opened"):
+    with pytest.raises(sdedit.ArtifactError, match=r"model.onnx: was changed since it was read"):
         open_backend("ort-cpu", read, 1)
     assert list(cache.iterdir()) == []
     assert edited(Path(path)) == edited(negative)
+
+
+def test_a_file_that_is_replaced_while_its_metadata_are_read_is_refused(network, negative, tmp_path, monkeypatch):
+    path = Path(shutil.copy(network, tmp_path / "model.onnx"))
+    shutil.copy(negative, tmp_path / "other.onnx")
+    validate = artifact.validate
+
+    def replaced(*given):
+        os.replace(tmp_path / "other.onnx", path)
+        return validate(*given)
+
+    monkeypatch.setattr(artifact, "validate", replaced)
+    with pytest.raises(sdedit.ArtifactError, match=r"model.onnx: was changed since it was read"):
+        sdedit.load(path, backend="ort-cpu", threads=1)
 
 
 @pytest.mark.parametrize("cached", ["on", "off"])

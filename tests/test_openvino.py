@@ -5,6 +5,8 @@ import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -103,6 +105,30 @@ def test_one_editor_serves_threads_that_edit_in_different_batches(network, pictu
         together = list(pool.map(lambda batch: editor.edit(guides, steps=3, batch=batch).x, (1, 2, 3)))
     for found in together:
         np.testing.assert_allclose(found, alone, atol=1e-5)
+
+
+def test_a_file_that_is_replaced_after_it_was_loaded_is_refused(network, negative, picture, tmp_path):
+    path = Path(shutil.copy(network, tmp_path / "model.onnx"))
+    editor = sdedit.load(path, backend="openvino", threads=1)
+    wanted = editor.edit(picture(12, 8), steps=2).x
+    shutil.copy(negative, tmp_path / "other.onnx")
+    os.replace(tmp_path / "other.onnx", path)
+    with pytest.raises(sdedit.ArtifactError, match=r"model\.onnx: was changed since it was read"):
+        editor.edit(picture(12, 8), steps=2, batch=2)
+    assert np.array_equal(editor.edit(picture(12, 8), steps=2).x, wanted)
+
+
+def test_the_networks_of_a_few_shapes_are_kept(network, picture, monkeypatch):
+    editor, compiled = sdedit.load(network, backend="openvino", threads=1), []
+    monkeypatch.setattr(editor.backend, "_core", SimpleNamespace(
+        read_model=editor.backend._core.read_model,
+        compile_model=lambda *given, core=editor.backend._core: compiled.append(1) or core.compile_model(*given),
+    ))  # fmt: skip
+    for batch in (1, 2, 1, 3, 1, 4, 1, 5, 1):
+        editor.edit(picture(12, 8), steps=1, batch=batch)
+    assert len(compiled) == 4  # of 2 to 5: that of 1 was never the longest unused
+    editor.edit(picture(12, 8), steps=1, batch=2)
+    assert len(compiled) == 5
 
 
 def test_weights_beside_the_file_are_found(network, tmp_path):

@@ -685,6 +685,18 @@ def no_building(monkeypatch) -> None:
     monkeypatch.setattr(cache, "build", build_nothing)
 
 
+def test_a_model_that_is_replaced_while_its_plan_is_built_leaves_none(rtx, network, cached, tmp_path):
+    model = artifacts.read(Path(shutil.copy(network, tmp_path / "model.onnx")))
+    assert model.sha256
+
+    def replaced(done: int, total: int, phase: str) -> None:
+        model.path.touch()
+
+    with pytest.raises(ArtifactError, match=r"model\.onnx: was changed since it was read"):
+        find(model, rtx, on_progress=replaced)
+    assert list(cached.iterdir()) == []
+
+
 def test_a_plan_is_built_once_and_found_again(small, rtx, cached, request):
     said: list[str] = []
     first = find(small, rtx, said)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NATIVE = {"fp32": "f32", "int8": "f32", "fp16": "dynamic", "bf16": "dynamic"}  # "dynamic": as the graph's types say
 REDUCED = {"bf16": "BF16", "fp16": "FP16"}  # what a float32 graph can be run in -> the capability that takes
 HINTS = {"bf16": "bf16", "fp16": "f16"}
+SHAPES = 4  # whose compiled networks, each with its own weights, are kept while no edit uses them
 
 
 def probe(name: str) -> None:
@@ -108,17 +109,21 @@ class OpenVinoBackend:
         """The network compiled for this shape. Shapes that do not change let OpenVINO plan its memory once."""
         with self._lock:
             require_open(self._closed)
-            if shape not in self._compiled:
+            if (compiled := self._compiled.pop(shape, None)) is None:
                 try:
                     model = self._core.read_model(model_source(self._artifact))
                     model.reshape({"x": shape} | dict.fromkeys(["sigma", *self._artifact.extra_inputs], shape[:1]))
-                    self._compiled[shape] = self._core.compile_model(model, "CPU", self._settings)
+                    compiled = self._core.compile_model(model, "CPU", self._settings)
                 except RuntimeError as error:
                     raise ArtifactError(
                         f"{self._artifact.path}: OpenVINO cannot load it: {_reason(error)}",
                         hint="write it again, opset 18 to 22 is safe; or use --backend ort-cpu",
                     ) from error
-            return self._compiled[shape]
+                self._artifact.require_unchanged()
+            self._compiled[shape] = compiled  # the last one used is the last to go
+            while len(self._compiled) > SHAPES:
+                del self._compiled[next(iter(self._compiled))]
+            return compiled
 
 
 class _Bound:

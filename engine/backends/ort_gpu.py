@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Lock, RLock
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -135,7 +135,7 @@ class OrtGpuBackend(OrtBackend):
         self._graphs = name == "ort-cuda" and GRAPH not in self._given
         self._driver: Driver | None = None
         self._first: OrtDeviceNetwork | None = None  # opened before any loop was: for the first one of its shape
-        self._lock = Lock()  # one edit at a time, so that one session a shape is enough
+        self._lock = RLock()  # one thread's edits at a time, so that one session a shape is enough
         self._pool, self._closed = LoopPool(least_kept=SHAPES), False
         try:
             self._driver = open_driver()
@@ -166,6 +166,7 @@ class OrtGpuBackend(OrtBackend):
             stream = self.driver.make_stream()
             on_failure.callback(self.driver.free_stream, stream)
             session, replays = self._open_for(shape, {"user_compute_stream": str(stream)})
+            self._artifact.require_unchanged()
             network = OrtDeviceNetwork(self.driver, session, stream, shape, self._artifact.extra_inputs, replays)
             on_failure.pop_all()
         return network

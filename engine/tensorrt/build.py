@@ -111,6 +111,7 @@ def build(
         "built": built.isoformat(timespec="seconds"),
         "build_seconds": round(time.perf_counter() - began, 3),
     }
+    artifact.require_unchanged()  # since its hash was taken, which the sidecar names
     kernels = logged(log) or (_inspected(library, data) if verbose and gpu else ())
     activation = sidecar["activation_bytes"]
     return Built(data, sidecar, kernels, None if activation is None else tuple(activation), log)

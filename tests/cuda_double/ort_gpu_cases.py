@@ -4,6 +4,7 @@ Run by tests/test_device_loop.py in a process of its own, once for each port tha
 """
 
 import gc
+import os
 import sys
 import threading
 import time
@@ -125,6 +126,15 @@ def test_of_another_shape_first_the_one_opened_first_is_let_go_before_its_sessio
         gone = []
         editor.edit(PICTURE, conditions={"scale": 1}, steps=2, samples=2, batch=2)
         assert gone == [True]
+
+
+def test_a_file_that_is_replaced_after_it_was_loaded_is_refused(runtime):
+    with runtime.load() as editor:
+        editor.edit(PICTURE, conditions={"scale": 1}, steps=2)
+        os.utime(runtime.path, ns=(1, 1))
+        with pytest.raises(sdedit.ArtifactError, match=r"model\.onnx: was changed since it was read"):
+            editor.edit(PICTURE, conditions={"scale": 1}, steps=2, samples=2, batch=2)
+        editor.edit(PICTURE, conditions={"scale": 1}, steps=2)  # whose session was opened before
 
 
 def test_the_sessions_of_a_few_shapes_are_kept(runtime):
