@@ -47,21 +47,21 @@ class StepTimes:
         clock: Clock = time.perf_counter,
     ) -> None:
         """Forget what was known. run: does that many steps; finish: makes their pictures. Slow ones are timed less."""
-        self.step_ms.clear()
-        self.finish_ms.clear()
+        new = StepTimes()  # in the old one's place once it is whole: other threads may be picking
         began = clock()
         for steps in (min(steps, most_steps) for steps in CALIBRATION):
             start = clock()
             run(steps)
             mid = clock()
             finish()
-            self.step_ms.append(1e3 * (mid - start) / steps)
-            self.finish_ms.append(1e3 * (clock() - mid))
+            new.step_ms.append(1e3 * (mid - start) / steps)
+            new.finish_ms.append(1e3 * (clock() - mid))
             if 1e3 * (clock() - began) > CALIBRATION_SHARE * max_ms:
                 break
-        if len(self.step_ms) > 1:
-            self.step_ms.popleft()  # the first run's: it also set things up
-            self.finish_ms.popleft()
+        if len(new.step_ms) > 1:
+            new.step_ms.popleft()  # the first run's: it also set things up
+            new.finish_ms.popleft()
+        self.step_ms, self.finish_ms = new.step_ms, new.finish_ms
 
     def pick(self, max_ms: float, spent_ms: float, *, batches: int, repeats: int, most_steps: int) -> Budget:
         """As many steps as fit, at most `most_steps`. Raises OptionError that says the least possible budget."""
@@ -79,8 +79,9 @@ class StepTimes:
 
 
 def _high(samples: deque[float]) -> float:
-    slowest = max(samples)
-    return slowest if len(samples) >= FEW else slowest + max(slowest - min(samples), MARGIN * slowest)
+    known = list(samples)  # other threads add to it
+    slowest = max(known)
+    return slowest if len(known) >= FEW else slowest + max(slowest - min(known), MARGIN * slowest)
 
 
 def checked_max_ms(max_ms: object) -> float:

@@ -5,9 +5,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +49,7 @@ class Editor:
         self.backend = backend
         self.sde = artifact.sde
         self._times: dict[object, StepTimes] = {}  # of edits with a budget, by what decides the time of a step
+        self._times_lock = Lock()
         self._lifetime = Lifetime(f"the editor of {artifact.name}", "load the model again: sdedit.load")
 
     def __enter__(self) -> "Editor":
@@ -178,8 +181,16 @@ class Editor:
         if options.region != "full":
             raise OptionError("prepared jobs are edited as whole frames", hint="leave region out")
         table = plan(self.sde, **options.schedule())
-        with self._executor(options, options.size) as executor:
-            yield lambda jobs: [result(one.job, [one]) for one in run(jobs, options, table, executor)]
+        executor = partial(self.backend.executor, options.batch, options.conditions, options.size)
+
+        def run_batch(jobs: Sequence[Job]) -> list[Result]:
+            with executor() as opened:  # for this batch alone: others' edits may come between
+                return [result(one.job, [one]) for one in run(jobs, options, table, opened)]
+
+        with self._lifetime.inside():
+            with executor():
+                pass  # what is wrong with the options shows now
+            yield run_batch
 
     def edit_tensor(
         self, guide: Any, *, mask: Any = None, stream: Any = None, **options: Any
@@ -204,9 +215,10 @@ class Editor:
         """What is known of how long the steps of such edits take; the caller adds to it."""
         job = group.jobs[0]
         shape = None if job.omega is None else (job.guide.size, hash(job.omega.tobytes()))
-        times = self._times.setdefault((options.batch, group.size, options.sampler, shape), StepTimes())
-        if len(self._times) > MOST_SHAPES:
-            del self._times[next(iter(self._times))]
+        with self._times_lock:
+            times = self._times.setdefault((options.batch, group.size, options.sampler, shape), StepTimes())
+            if len(self._times) > MOST_SHAPES:
+                del self._times[next(iter(self._times))]
         return times
 
     def _budget(

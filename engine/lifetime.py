@@ -41,11 +41,16 @@ class Lifetime:
         with self._changed:
             if threading.get_ident() in self._inside:
                 raise ClosedError(f"{self._what} is in use by the thread that closes it", hint="close it afterwards")
-            if self._closing:
-                self._changed.wait_for(lambda: self._closed)
+            self._changed.wait_for(lambda: self._closed or not self._closing)  # for whoever else closes it
+            if self._closed:
                 return
             self._closing = True
-            self._changed.wait_for(lambda: not self._inside)
+            try:
+                self._changed.wait_for(lambda: not self._inside)
+            except BaseException:  # an interrupt: it stays open
+                self._closing = False
+                self._changed.notify_all()
+                raise
         try:
             free()
         finally:

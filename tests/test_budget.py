@@ -128,6 +128,19 @@ def test_a_calibration_leaves_its_first_run_out():
     assert list(times.finish_ms) == pytest.approx([3, 3])
 
 
+def test_what_is_known_can_be_asked_while_another_thread_calibrates_again():
+    clock, times, picked = Clock(), StepTimes(), []
+    for known in (times.step_ms, times.finish_ms):
+        known.append(5.0)
+
+    def run(steps):
+        clock.wait(steps)
+        picked.append(times.pick(100, 0, batches=1, repeats=1, most_steps=50).steps)
+
+    times.calibrate(run, lambda: clock.wait(1), 1e6, 50, clock)
+    assert picked == [18, 18, 18]
+
+
 def test_a_calibration_of_a_slow_network_is_one_step():
     clock, times = Clock(), StepTimes()
     times.calibrate(lambda steps: clock.wait(3000 * steps), lambda: None, 10_000, 50, clock)

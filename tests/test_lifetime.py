@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -162,6 +163,32 @@ def test_close_waits_for_the_edit_that_runs_and_so_does_a_second_one(fresh, pict
     for thread in (editing, *closing):
         thread.join(timeout=60)
     assert sorted(order) == ["again", "close", "edit"]
+
+
+def test_a_close_that_is_interrupted_can_be_done_again():
+    lifetime, freed, inside, leave = Lifetime("it", "open it again"), [], threading.Event(), threading.Event()
+
+    def use():
+        with lifetime.inside():
+            inside.set()
+            assert leave.wait(60)
+
+    using = threading.Thread(target=use)
+    using.start()
+    assert inside.wait(60)
+    wait = lifetime._changed.wait
+    lifetime._changed.wait = interrupted = mock.Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lifetime.close(lambda: freed.append(1))
+    interrupted.assert_called_once()
+    lifetime._changed.wait = wait
+    closing = [threading.Thread(target=lifetime.close, args=(lambda: freed.append(1),)) for _ in range(2)]
+    for thread in closing:
+        thread.start()
+    leave.set()
+    for thread in (using, *closing):
+        thread.join(timeout=60)
+    assert freed == [1]
 
 
 def closes_meanwhile(editor):

@@ -176,6 +176,7 @@ class DeviceLoop:
             self._forget_graphs()
             self._table, self._table_bytes = self._allocate(rows.nbytes), rows.nbytes
             self._host["table"] = self._allocate_pinned((rows.size,), np.float32)
+            self._held.callback(self._driver.synchronize, self.stream)  # before these are freed, the first to go
         self._host["table"][: rows.size] = rows.ravel()
         self._driver.upload(self._table, self._host["table"][: rows.size], self.stream)
         self._host["seeds"][:] = batch.seeds

@@ -103,6 +103,45 @@ def test_it_is_all_freed_after_eight_threads_and_a_close_in_their_midst(opened):
     assert double.live_objects == before
 
 
+def test_an_edit_inside_an_edit_and_one_between_the_batches_of_another_are_made(opened):
+    editor, before = opened
+    wanted = editor.edit(PICTURE, steps=3).x
+    inner = []
+    editor.edit(PICTURE, steps=2, on_step=lambda _: inner.append(editor.edit(PICTURE, steps=3).x) and None)
+    options = sdedit.EditOptions(steps=3).resolved(editor.artifact.defaults)
+    with editor.batches(options) as run:
+        (alone,) = run([editor.prepare(PICTURE, options)])
+        thread = threading.Thread(target=lambda: inner.append(editor.edit(PICTURE, steps=3).x), daemon=True)
+        thread.start()
+        thread.join(60)
+    assert len(inner) == 3
+    assert all(np.array_equal(found, wanted) for found in (*inner, alone.x[None]))
+    editor.close()
+    gc.collect()
+    assert double.live_objects == before
+
+
+def test_a_close_waits_for_the_stream_before_it_frees_what_an_edit_on_it_reads(tensorrt):
+    editor, _ = tensorrt
+    driver = editor.backend.driver
+    with driver.current():
+        pinned = driver.allocate_pinned(4 * int(np.prod(SHAPE)))
+        pinned[:] = 0
+        stream, guide = driver.make_stream(), driver.allocate(len(pinned))
+        driver.upload(guide, pinned, stream)
+        interface = {"shape": (1, *SHAPE), "typestr": "<f4", "data": (guide, False), "version": 3, "strides": None}
+        result = editor.edit_tensor(type("Tensor", (), {"__cuda_array_interface__": interface})(), stream=stream)
+        double.reset()
+        editor.close()
+        called = [name for name in double.calls if "Free" in name or "Synchronize" in name]
+        driver.synchronize(stream)
+        driver.free_stream(stream)
+        driver.free_pinned(pinned)
+        driver.free(guide)
+    assert "Synchronize" in called[0]
+    del result
+
+
 def test_tensors_that_were_made_outlive_the_editor(tensorrt):
     editor, before = tensorrt
     driver = editor.backend.driver
