@@ -264,11 +264,13 @@ def paste(guide: Picture, mask: Floats, x: NDArray[Any], placement: Placement) -
     left, top, right, bottom = placement.window
     size = right - left, bottom - top
     planes = [Image.fromarray(np.asarray(plane, np.float32)).crop(placement.part) for plane in x]
-    edited = (np.stack([np.asarray(_resize(plane, size)) for plane in planes], axis=2) + 1) * np.float32(127.5)
     omega = mask[top:bottom, left:right, None]
     result = guide.pixels.copy()
-    blended = (1 - omega) * result[top:bottom, left:right] + omega * edited
-    result[top:bottom, left:right] = np.rint(np.clip(blended, 0, 255))
+    kept = result[top:bottom, left:right]
+    with np.errstate(over="ignore", invalid="ignore"):  # of a network's largest numbers
+        edited = (np.stack([np.asarray(_resize(plane, size)) for plane in planes], axis=2) + 1) * np.float32(127.5)
+        blended = (1 - omega) * kept + omega * edited
+        result[top:bottom, left:right] = np.where(omega > 0, np.rint(np.clip(blended, 0, 255)), kept)
     return result
 
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -134,28 +134,37 @@ class LocalPlace:
     def claimed(self) -> Iterator[None]:
         """A folder for files that are not whole yet, on the disk of the results. One job at a time has it."""
         scratch = self.results / SCRATCH
+        with ExitStack() as held:
+            while not self._locked(scratch, held):
+                held.close()  # its owner removed it meanwhile
+            held.callback(shutil.rmtree, scratch, ignore_errors=True)
+            yield
+
+    def _locked(self, scratch: Path, held: ExitStack) -> bool:
+        """Make the folder and lock it: whether that is still the folder at its name. Raises OutputError."""
         with writing(scratch):
             scratch.mkdir(exist_ok=True)
-            lock = os.open(scratch, os.O_RDONLY) if sys.platform != "win32" else None
-        try:
-            if sys.platform != "win32" and lock is not None:
-                import fcntl
-
-                try:  # given up by the system when the process dies
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise OutputError(
-                        f"{self.results}: another job is writing to it", hint="wait for it, or choose another folder"
-                    ) from None
-                except OSError:  # a file system without locks
-                    pass
+            if sys.platform == "win32":
+                return True
             try:
-                yield
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-        finally:
-            if lock is not None:
-                os.close(lock)
+                lock = os.open(scratch, os.O_RDONLY)
+            except FileNotFoundError:
+                return False
+            held.callback(os.close, lock)
+        import fcntl
+
+        try:  # given up by the system when the process dies
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{self.results}: another job is writing to it", hint="wait for it, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            return True
+        try:
+            return os.path.samestat(os.fstat(lock), os.stat(scratch))
+        except FileNotFoundError:
+            return False
 
     def entries(self) -> dict[str, Entry] | None:
         """See Place."""

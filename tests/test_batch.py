@@ -419,6 +419,27 @@ def test_options_that_make_no_sense_are_refused(flags, batch, guides, out, capsy
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks are of POSIX")
+def test_a_folder_that_its_owner_removes_meanwhile_is_not_the_one_that_is_locked(guides, out, monkeypatch):
+    import fcntl
+
+    first, second, third = (LocalPlace(guides, None, out).claimed() for _ in range(3))
+    first.__enter__()
+    lock = fcntl.flock
+
+    def after_the_first_has_left(file, how):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        first.__exit__(None, None, None)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_first_has_left)
+    with second:
+        assert [path.is_dir() for path in out.iterdir()] == [True]
+        with pytest.raises(sdedit.OutputError, match="another job is writing to it"), third:
+            pass
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks are of POSIX")
 def test_two_jobs_do_not_write_to_one_folder(guides, out, editor):
     claimed = LocalPlace(guides, None, out).claimed()
     with claimed, pytest.raises(sdedit.OutputError, match="another job is writing to it"):

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import sdedit
+from sdedit import image
 from sdedit.cli.main import main
 
 CHANNELS, HEIGHT, WIDTH = 3, 8, 12
@@ -90,6 +91,15 @@ def test_an_all_black_mask_returns_the_guide(fit, size, painter, picture):
     guide = picture(*SIZES[size])
     result = painter.edit(guide, mask=np.zeros(guide.shape[:2], np.uint8), fit=fit, steps=2, repeats=2)
     assert np.array_equal(result.results[0].pixels, guide)
+
+
+def test_what_is_kept_stays_beside_a_networks_largest_numbers(picture):
+    guide, mask = image.read(picture(8, 8), 3), np.zeros((8, 8), np.float32)
+    mask[:, :2] = 1
+    x = np.full((3, 8, 8), 1e37, np.float32)  # finite; 127.5 times it is not
+    pasted = image.paste(guide, mask, x, image.place(guide, (8, 8), "crop"))
+    assert np.array_equal(pasted[:, 2:], guide.pixels[:, 2:])
+    assert (pasted[:, :2] == 255).all()
 
 
 @pytest.mark.parametrize("repeats", [1, 2])

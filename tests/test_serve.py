@@ -609,6 +609,19 @@ def test_what_cannot_be_finished_in_time_is_refused(gated, guide, pool):
         assert running.result(PATIENCE_S).status == 200
 
 
+def test_it_stops_while_the_time_of_an_upload_ends(served):
+    class Expiring:
+        def reschedule(self, when):
+            raise RuntimeError("Cannot change state of expiring Timeout")
+
+    gave_up = threading.Event()
+    with serving(served.service.editor, drain_s=0) as stopping:
+        stopping.service._uploads.add(Expiring())
+        stopping.service.batcher.give_up = gave_up.set
+        stopping.stop.set()
+        assert gave_up.wait(PATIENCE_S)
+
+
 # --- the command -------------------------------------------------------------------------------------------------
 
 

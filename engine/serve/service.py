@@ -4,7 +4,7 @@ import asyncio
 import io
 from collections.abc import AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -60,7 +60,8 @@ class Service:
         self.batcher.drain()
         loop = asyncio.get_running_loop()
         for timeout in self._uploads:
-            timeout.reschedule(loop.time() + LAST_UPLOAD_S)
+            with suppress(RuntimeError):  # its time is over in this very turn of the loop
+                timeout.reschedule(loop.time() + LAST_UPLOAD_S)
         loop.call_later(self.limits.drain_s, self.batcher.give_up)
 
     async def edit(self, request: "Request") -> Answer:
