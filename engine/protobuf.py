@@ -31,7 +31,7 @@ class Model:
     external: tuple[str, ...] = ()  # files beside it that hold weights, as it names them
 
 
-LOCATION = b"location"  # the key of external data
+LOCATION = "location"  # the key of external data
 ELEMENTS = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
 
 
@@ -73,7 +73,7 @@ def _external(number: int, value: Value) -> Iterator[str]:
         for _, tensor in _fields(value):
             if not isinstance(tensor, int):
                 yield from _location(tensor)
-    elif number == 1 and LOCATION in bytes(value):  # node; most have none, and are not looked into
+    elif number == 1 and LOCATION.encode() in _bytes(value):  # node; most have none, and are not looked into
         for field, attribute in _fields(value):
             if field == 5:
                 for kind, part in _fields(attribute):
@@ -89,7 +89,7 @@ def _location(tensor: Value) -> Iterator[str]:
     for number, value in _fields(tensor):
         if number == 13:
             entry = dict(_fields(value))
-            if entry.get(1) == LOCATION:
+            if _text(entry.get(1, memoryview(b""))) == LOCATION:
                 yield _text(entry.get(2, memoryview(b"")))
 
 
@@ -153,9 +153,13 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _text(value: Value) -> str:
+    return _bytes(value).decode("utf-8")
+
+
+def _bytes(value: Value) -> bytes:
     if isinstance(value, int):
-        raise ValueError("a number where text should be")
-    return bytes(value).decode("utf-8")
+        raise ValueError("a number where bytes should be")
+    return bytes(value)
 
 
 def _integer(value: Value) -> int:
