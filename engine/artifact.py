@@ -10,9 +10,11 @@ import math
 import mmap
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import Thread
 from typing import Any
 
 from sdedit import protobuf
@@ -23,6 +25,7 @@ from sdedit.schedule import SAMPLERS, SPACINGS, checked_steps, checked_t0
 FORMAT = 1
 OLDEST_OPSET = 17
 MOST_PIXELS = 2**26
+HASHED_AT_ONCE = 2**22  # bytes; between them a thread waits for its turn
 EXPORT_HINT = "the README's section 'Models' says what an artifact must be; write it again"
 State = tuple[tuple[int, ...], ...]
 BUNDLED = Path(__file__).parent / "models" / "eurosat-64.onnx"
@@ -110,16 +113,25 @@ class Artifact:
 
         Raises ArtifactError where they are no longer those that were read.
         """
-        digest = hashlib.sha256()
+        digest, part = hashlib.sha256(), memoryview(bytearray(HASHED_AT_ONCE))
         try:
             for path in self._files:
-                with path.open("rb") as file:
-                    while part := file.read(2**20):
-                        digest.update(part)
+                with path.open("rb", buffering=0) as file:
+                    while count := file.readinto(part):
+                        digest.update(part[:count])
         except OSError as error:
             raise self._changed() from error
         self.require_unchanged()
         return digest.hexdigest()
+
+    def hash_ahead(self) -> None:
+        """Begin with `sha256` in another thread, beside the imports of what shall run it."""
+
+        def work() -> None:
+            with suppress(ArtifactError):  # whoever asks for it is told
+                _ = self.sha256
+
+        Thread(target=work, daemon=True).start()
 
     def require_unchanged(self) -> None:
         """Raise ArtifactError where its files were replaced or written to since they were read."""

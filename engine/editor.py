@@ -299,6 +299,8 @@ def load(
         return _load_fastest(model, backend, precision, threads, provider_options)
     opened = open_model(model)
     artifact = opened if isinstance(opened, artifacts.Artifact) else opened.artifact
+    if artifact is opened:
+        artifact.hash_ahead()
     return _sealed(Editor(artifact, open_backend(backend, opened, threads, provider_options, precision)))
 
 

@@ -175,10 +175,12 @@ def test_a_damaged_entry_is_not_used_and_made_again(damage, weighty, cache, open
     assert (only_entry(cache) / "graph.weights").stat().st_size >= 1024
     DAMAGES[damage](only_entry(cache))
     assert edited(weighty) == wanted
-    assert opened == ["weighty.onnx", "weighty.onnx"]
+    tried = ["graph.onnx"] if "weights" in damage else []  # they are hashed while the graph is opened
+    assert opened == ["weighty.onnx", *tried, "weighty.onnx"]
+    del opened[:]
     if damage != "a file in its place":
         assert edited(weighty) == wanted
-        assert opened[2:] == ["graph.onnx"]
+        assert opened == ["graph.onnx"]
 
 
 def test_an_entry_that_was_described_as_it_lies_but_does_not_load_is_passed_over(weighty, cache, opened):
@@ -187,7 +189,7 @@ def test_an_entry_that_was_described_as_it_lies_but_does_not_load_is_passed_over
     entry = only_entry(cache)
     os.truncate(entry / "graph.weights", 100)
     told = json.loads((entry / "entry.json").read_text())
-    (entry / "entry.json").write_text(json.dumps(ort_cache._description(entry, told["identity"])))
+    (entry / "entry.json").write_text(json.dumps(told | {"sha256": ort_cache._hashes(entry)}))
     assert edited(weighty) == wanted
     assert opened == ["weighty.onnx", "graph.onnx", "weighty.onnx"]
 

@@ -5,15 +5,15 @@ from contextlib import nullcontext
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
 from sdedit.backends import USUAL_BATCH, condition_values, require_open
+from sdedit.backends.bound import Bound
 from sdedit.backends.ort import MOST_THREADS, give_back_memory, model_source, usable_cores
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError
 from sdedit.executor import HostExecutor, Lease
-from sdedit.loop import Array, Denoiser
+from sdedit.loop import Denoiser
 
 if TYPE_CHECKING:
     from sdedit.cuda.tensor_edit import GpuBackend
@@ -86,12 +86,9 @@ class OpenVinoBackend:
 
     def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
         width, height = self._artifact.frame(size)
-        extra = {
-            name: np.full(batch, value, self._artifact.extra_inputs[name].dtype)
-            for name, value in condition_values(self._artifact, conditions).items()
-        }
-        shape = (batch, self._artifact.channels, height, width)
-        return _Bound(self._network(shape).create_infer_request(), shape, extra)
+        condition_values(self._artifact, conditions)  # before anything is compiled
+        network = self._network((batch, self._artifact.channels, height, width))
+        return _Bound(network.create_infer_request(), self._artifact, batch, conditions, size)
 
     def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
         return nullcontext(HostExecutor(self.bind(batch, conditions, size), draws_ahead=self.threads > 1))
@@ -126,40 +123,23 @@ class OpenVinoBackend:
             return compiled
 
 
-class _Bound:
-    """An infer request on preallocated buffers: x is used in place, and nothing is copied but σ."""
-
-    def __init__(self, request: Any, shape: tuple[int, int, int, int], extra: Mapping[str, NDArray[Any]]) -> None:
+class _Bound(Bound):
+    def __init__(self, request: Any, *given: Any) -> None:
         self._request = request
-        self._x: Array | None = None
-        self._sigma = np.empty(shape[0], np.float32)
-        self._denoised = np.empty(shape, np.float32)
-        self._extra = extra  # kept alive while bound
-        for name, array in {"sigma": self._sigma, "denoised": self._denoised, **extra}.items():
-            self._share(name, array)
+        super().__init__(*given)
 
-    def __call__(self, x: Array, sigma: Array) -> Array:
-        self._sigma[...] = sigma
-        if x is not self._x:
-            if x.shape != self._denoised.shape or x.dtype != np.float32 or not x.flags.c_contiguous:
-                raise NetworkError(
-                    f"x is {x.dtype} {x.shape}; bound for contiguous float32 {self._denoised.shape}",
-                    hint="bind the backend for this batch size",
-                )
-            self._x = x
-            self._share("x", x)
+    def _share(self, name: str, array: NDArray[Any]) -> None:
+        import openvino
+
+        self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+
+    def _run(self) -> None:
         try:
             self._request.infer(share_outputs=True)
         except RuntimeError as error:
             raise NetworkError(
                 f"OpenVINO failed: {_reason(error)}", hint="check the model with 'sdedit inspect'"
             ) from error
-        return self._denoised
-
-    def _share(self, name: str, array: NDArray[Any]) -> None:
-        import openvino
-
-        self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
 
 
 def _reason(error: Exception) -> str:

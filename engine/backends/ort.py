@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
-from sdedit.backends import USUAL_BATCH, condition_values, ort_cache, require_open
+from sdedit.backends import USUAL_BATCH, ort_cache, require_open
+from sdedit.backends.bound import Bound
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, SdeditError
 from sdedit.executor import HostExecutor, Lease
-from sdedit.loop import Array, Denoiser
+from sdedit.loop import Denoiser
 
 if TYPE_CHECKING:
     from sdedit.cuda.tensor_edit import GpuBackend
@@ -96,8 +96,7 @@ class OrtBackend:
 
     def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
         require_open(self._session is None)
-        shape, extra = self._shape(batch, size), self._extra(batch, conditions)
-        return _Bound(self._session, shape, extra, shares_memory=self.name == "ort-cpu")
+        return _Bound(self._session, self.name != "ort-cpu", self._artifact, batch, conditions, size)
 
     def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
         return nullcontext(HostExecutor(self.bind(batch, conditions, size), draws_ahead=self.threads > 1))
@@ -136,52 +135,20 @@ class OrtBackend:
         width, height = self._artifact.frame(size)
         return batch, self._artifact.channels, height, width
 
-    def _extra(self, batch: int, conditions: Mapping[str, float]) -> dict[str, NDArray[Any]]:
-        return {
-            name: np.full(batch, value, self._artifact.extra_inputs[name].dtype)
-            for name, value in condition_values(self._artifact, conditions).items()
-        }
 
+class _Bound(Bound):
+    def __init__(self, session: Any, copies: bool, *given: Any) -> None:
+        self.copies, self._session, self._binding = copies, session, session.io_binding()
+        super().__init__(*given)
 
-class _Bound:
-    """A session with preallocated buffers. On the CPU x is bound in place and nothing is copied but σ; a GPU
-    session copies an input when it is bound, so there inputs are bound anew for every call.
-    """
+    def _share(self, name: str, array: NDArray[Any]) -> None:
+        bind = self._binding.bind_output if name == "denoised" else self._binding.bind_input
+        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-    def __init__(
-        self, session: Any, shape: tuple[int, int, int, int], extra: Mapping[str, NDArray[Any]], *, shares_memory: bool
-    ) -> None:
-        self._shares_memory = shares_memory
-        self._run, self._binding = session.run_with_iobinding, session.io_binding()
-        self._x: Array | None = None
-        self._sigma = np.empty(shape[0], np.float32)
-        self._denoised = np.empty(shape, np.float32)
-        self._extra = extra  # kept alive while bound
-        self._bind("input", "sigma", self._sigma)
-        self._bind("output", "denoised", self._denoised)
-        for name, values in extra.items():
-            self._bind("input", name, values)
-
-    def __call__(self, x: Array, sigma: Array) -> Array:
-        self._sigma[...] = sigma
-        if x is not self._x or not self._shares_memory:
-            if x.shape != self._denoised.shape or x.dtype != np.float32 or not x.flags.c_contiguous:
-                raise NetworkError(
-                    f"x is {x.dtype} {x.shape}; bound for contiguous float32 {self._denoised.shape}",
-                    hint="bind the backend for this batch size",
-                )
-            self._x = x
-            self._bind("input", "x", x)
-        if not self._shares_memory:
-            self._bind("input", "sigma", self._sigma)
+    def _run(self) -> None:
         try:
-            self._run(self._binding)
+            self._session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime raises its own kinds
             raise NetworkError(
                 f"ONNX Runtime failed: {str(error).splitlines()[0]}", hint="check the model with 'sdedit inspect'"
             ) from error
-        return self._denoised
-
-    def _bind(self, side: str, name: str, array: NDArray[Any]) -> None:
-        bind = self._binding.bind_input if side == "input" else self._binding.bind_output
-        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

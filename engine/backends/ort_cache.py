@@ -15,9 +15,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from sdedit import cpu
@@ -30,6 +31,7 @@ LEAST_BYTES = 2**20  # a smaller artifact is opened sooner than it is looked up
 MOST_BYTES = 4 * 2**30  # of all entries; the least recently used ones go first
 STALE_SECONDS = 3600  # what a killed process left half-written goes after this
 GRAPH, WEIGHTS, ENTRY, SCRATCH = "graph.onnx", "graph.weights", "entry.json", ".new-"
+FILES = (GRAPH, WEIGHTS)
 
 Change = Callable[[Any], None]  # sets what is special in SessionOptions
 Open = Callable[[str | None, Change | None], Any]  # opens a file, None for the artifact itself, as a session
@@ -46,12 +48,10 @@ def open_session(artifact: Artifact, open_with: Open) -> Any:
         entry = None
     if entry is None:
         return open_with(None, None)
-    if _is_whole(entry, identity):
-        with suppress(Exception):  # onnxruntime raises its own kinds, and RuntimeError
-            session = open_with(str(entry / GRAPH), _take_as_it_is)
-            with suppress(OSError):  # a cache that may only be read
-                os.utime(entry / ENTRY)
-            return session
+    if (session := _opened_whole(entry, identity, open_with)) is not None:
+        with suppress(OSError):  # a cache that may only be read
+            os.utime(entry / ENTRY)
+        return session
     with suppress(OSError):
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=entry.parent, ignore_cleanup_errors=True) as scratch:
@@ -94,20 +94,37 @@ def _entry(artifact: Artifact, identity: dict[str, Any]) -> Path | None:
     return entry
 
 
-def _is_whole(entry: Path, identity: object) -> bool:
-    """Whether every byte of the entry is what was written, for this identity. ONNX Runtime itself would notice a file
-    that is too short, but not weights that are others.
+def _opened_whole(entry: Path, identity: object, open_with: Open) -> Any:
+    """A session of the entry, if every byte of it is what was written for this identity; else None.
+
+    ONNX Runtime itself would notice a file that is too short, but not weights that are others. They are hashed while
+    it opens the graph, which was first.
     """
+    if not _is_whole(entry, identity, (GRAPH,)):
+        return None
+    whole: list[bool] = []
+    hashing = Thread(target=lambda: whole.append(_is_whole(entry, identity)))
+    hashing.start()
+    session = None
+    with suppress(Exception):  # onnxruntime raises its own kinds, and RuntimeError
+        session = open_with(str(entry / GRAPH), _take_as_it_is)
+    hashing.join()
+    return session if whole == [True] else None
+
+
+def _is_whole(entry: Path, identity: object, names: Sequence[str] = FILES) -> bool:
+    """Whether these files of the entry are what was written, for this identity."""
     try:
         told = json.loads((entry / ENTRY).read_text("utf-8"))
-        return bool(told == _description(entry, identity))
-    except (OSError, ValueError, RecursionError):
+        here = {name: told["sha256"].get(name) for name in names}
+        return bool(told["identity"] == identity and here == _hashes(entry, names))
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return False
 
 
-def _description(entry: Path, identity: object) -> dict[str, Any]:
-    files = [entry / name for name in (GRAPH, WEIGHTS) if (entry / name).exists()]  # a small net has no file of weights
-    return {"identity": identity, "sha256": {file.name: _sha256(file) for file in files}}
+def _hashes(entry: Path, names: Sequence[str] = FILES) -> dict[str, str | None]:
+    """SHA-256 of each; None of one that is not there: a small network has no file of weights."""
+    return {name: _sha256(entry / name) if (entry / name).exists() else None for name in names}
 
 
 def _sha256(path: Path) -> str:
@@ -134,7 +151,7 @@ def _keep(folder: Path) -> Change:
 
 def _put(made: Path, entry: Path, identity: object) -> None:
     """Put a finished entry in its place, unless another process was first; a damaged one is replaced."""
-    (made / ENTRY).write_text(json.dumps(_description(made, identity)), "utf-8")
+    (made / ENTRY).write_text(json.dumps({"identity": identity, "sha256": _hashes(made)}), "utf-8")
     if entry.exists() and not _is_whole(entry, identity):
         shutil.rmtree(entry, ignore_errors=True)
     if not entry.exists():

@@ -1,0 +1,59 @@
+"""A network on buffers of the host, as ONNX Runtime and OpenVINO bind it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdedit.artifact import Artifact
+from sdedit.backends import condition_values
+from sdedit.errors import NetworkError
+from sdedit.loop import Array
+
+
+class Bound(ABC):
+    """D(x; σ) of batches of one size: x is read where it lies, and nothing is copied but σ. For one thread at a time.
+
+    conditions: extra input -> value. Raises OptionError.
+    """
+
+    copies = False  # whether the library copies an array when it is given it, and so wants it anew for every call
+
+    def __init__(
+        self, artifact: Artifact, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None
+    ) -> None:
+        width, height = artifact.frame(size)
+        self._x: Array | None = None
+        self._sigma = np.empty(batch, np.float32)
+        self._denoised = np.empty((batch, artifact.channels, height, width), np.float32)
+        self._extra = {  # kept alive while bound
+            name: np.full(batch, value, artifact.extra_inputs[name].dtype)
+            for name, value in condition_values(artifact, conditions).items()
+        }
+        for name, array in {"sigma": self._sigma, "denoised": self._denoised, **self._extra}.items():
+            self._share(name, array)
+
+    def __call__(self, x: Array, sigma: Array) -> Array:
+        self._sigma[...] = sigma
+        if x is not self._x or self.copies:
+            if x.shape != self._denoised.shape or x.dtype != np.float32 or not x.flags.c_contiguous:
+                raise NetworkError(
+                    f"x is {x.dtype} {x.shape}; bound for contiguous float32 {self._denoised.shape}",
+                    hint="bind the backend for this batch size",
+                )
+            self._x = x
+            self._share("x", x)
+        if self.copies:
+            self._share("sigma", self._sigma)
+        self._run()
+        return self._denoised
+
+    @abstractmethod
+    def _share(self, name: str, array: NDArray[Any]) -> None:
+        """Let the network have this memory as the input or output of this name."""
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Evaluate the network. Raises NetworkError."""
