@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,18 @@ if TYPE_CHECKING:
     from sdedit.tensorrt.plan import Plan
 
 MOST_SHAPES = 64  # of edits with a budget, whose step times are remembered
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _while_open(method: Method) -> Method:
+    """The method of an editor that `close` waits for, from its beginning to its end. It raises ClosedError."""
+
+    @wraps(method)
+    def held(self: "Editor", *given: Any, **named: Any) -> Any:
+        with self._lifetime.inside():
+            return method(self, *given, **named)
+
+    return cast(Method, held)
 
 
 class Editor:
@@ -88,6 +100,7 @@ class Editor:
         with self._lifetime.inside(), self.backend.executor(options.batch, options.conditions, size) as executor:
             yield executor
 
+    @_while_open
     def edit(
         self,
         guides: Source | Sequence[Source],
@@ -106,18 +119,6 @@ class Editor:
         already. As many steps run as fit into it, at most those there would be without it; `EditResult.budget` tells.
         Raises an SdeditError: ImageError, OptionError (a budget too small for one step, say), NetworkError, Cancelled.
         """
-        with self._lifetime.inside():  # from the first batch to the last: `close` does not come between them
-            return self._edit(guides, mask, on_step, max_ms, spent_ms, options)
-
-    def _edit(
-        self,
-        guides: Source | Sequence[Source],
-        mask: Source | Sequence[Source] | None,
-        on_step: Callable[[Progress], bool | None] | None,
-        max_ms: float | None,
-        spent_ms: float,
-        options: Mapping[str, Any],
-    ) -> EditResult:
         began = time.perf_counter()
         chosen = make_options(options).resolved(self.artifact.defaults)
         jobs = self._jobs(listed(guides), None if mask is None else listed(mask), chosen)
@@ -192,6 +193,7 @@ class Editor:
                 pass  # what is wrong with the options shows now
             yield run_batch
 
+    @_while_open
     def edit_tensor(
         self, guide: Any, *, mask: Any = None, stream: Any = None, **options: Any
     ) -> "GpuTensor | NDArray[np.float32]":
@@ -208,8 +210,7 @@ class Editor:
         """
         from sdedit.tensors import edit_tensor
 
-        with self._lifetime.inside():
-            return edit_tensor(self.backend, self.artifact, guide, mask, stream, options)
+        return edit_tensor(self.backend, self.artifact, guide, mask, stream, options)
 
     def _step_times(self, options: EditOptions, group: Group) -> StepTimes:
         """What is known of how long the steps of such edits take; the caller adds to it."""
