@@ -78,8 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
         show(bench.rows(), arguments.output)  # what has been measured is not lost
         raise
     rows = bench.rows()
-    show(rows, arguments.output)
-    require_below(rows, gate)
+    try:
+        show(rows, arguments.output)
+    finally:  # also where nobody reads them any more
+        require_below(rows, gate)
     return OK
 
 
@@ -126,7 +128,7 @@ def require_below(rows: "Sequence[Row]", gate: float | None) -> None:
 
 def case_of(row: "Row") -> str:
     return (
-        f"{row.model}, {row.backend}, {row.precision}, threads {row.threads}, batch {row.batch}, t0 {row.t0:g}, "
+        f"{row.file}, {row.backend}, {row.precision}, threads {row.threads}, batch {row.batch}, t0 {row.t0:g}, "
         f"{row.steps} steps of {row.sampler} ({row.spacing})"
         + ("" if row.eta is None else f", eta {row.eta:g}")
         + ("" if row.repeats == 1 else f", repeats {row.repeats}")

@@ -43,7 +43,7 @@ def cell(column: "Field[Any]", value: Any) -> str:
         return "-"
     if isinstance(value, float) or column.metadata["scale"] != 1:
         return f"{value / column.metadata['scale']:.{column.metadata['digits']}f}"
-    return str(value)
+    return " ".join(str(value).split()).replace("|", "\\|")  # a name's line break or bar would end the cell
 
 
 def words(value: Any) -> str:

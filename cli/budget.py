@@ -7,6 +7,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from sdedit.cli.terminal import say
+
 if TYPE_CHECKING:
     from sdedit.budget import Budget
     from sdedit.editor import Editor
@@ -16,7 +18,10 @@ WRITING_MS_PER_MEGAPIXEL = 200
 
 
 def spent_ms(editor: "Editor", arguments: argparse.Namespace, results: int) -> float:
-    """Milliseconds since the process began, and those that writing so many results is allowed."""
+    """Milliseconds since the process began, and those that writing so many results is allowed.
+
+    Without the search of --fast, which is made once on a machine: it is said instead.
+    """
     from PIL import Image
 
     from sdedit.image import FORMATS
@@ -27,7 +32,9 @@ def spent_ms(editor: "Editor", arguments: argparse.Namespace, results: int) -> f
             with suppress(Exception), Image.open(guide, formats=FORMATS) as opened:
                 sizes[n] = opened.size  # which alone is read; what is wrong with the rest, the edit says
     pixels = sum(width * height for width, height in sizes) * results / len(sizes)
-    return since_start_ms() + WRITING_MS + WRITING_MS_PER_MEGAPIXEL * pixels / 1e6
+    if editor.search_ms:
+        say(f"budget: the search of --fast took {editor.search_ms:.0f} ms beside it, which later runs will not")
+    return since_start_ms() - editor.search_ms + WRITING_MS + WRITING_MS_PER_MEGAPIXEL * pixels / 1e6
 
 
 def since_start_ms() -> float:

@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from sdedit import image, output, record
+    from sdedit.budget import checked_max_ms
     from sdedit.cli import budget
     from sdedit.options import EditOptions
 
@@ -75,8 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = [Path(path) for path in given if path is not None]
     output.check(paths, force=arguments.force, inputs=inputs)
 
-    for guide in arguments.guides if arguments.fast else ():  # before a search that may take a while
-        image.read(guide, 3)
+    if arguments.fast:  # before a search that may take a while
+        if arguments.max_ms is not None:
+            checked_max_ms(arguments.max_ms)
+        for guide in arguments.guides:
+            image.read(guide, 3)
     began = time.perf_counter()
     repeated = None if arguments.replay is None else record.read(Path(arguments.replay))
     editor, options = open_fresh(arguments) if repeated is None else open_replay(arguments, repeated)

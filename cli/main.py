@@ -69,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if isinstance(error.__context__, BrokenPipeError):
+            _drop_stdout()
         return _fail(*_explain(error))
 
 

@@ -13,6 +13,7 @@ REMEMBERED = 32  # measurements. The next is slower than the slowest of n with p
 FEW = 20  # measurements: with fewer, the slowest is taken to be slower still by what they differ, or by MARGIN
 MARGIN = 0.05
 CALIBRATION = (1, 2, 2)  # steps of the runs that are timed before the first edit; the first one also warms up
+MOST_MS = 1e12  # a budget: thirty years
 CALIBRATION_SHARE = 0.1  # of the budget: beyond that, what has been timed must do
 
 Clock = Callable[[], float]  # seconds
@@ -67,7 +68,7 @@ class StepTimes:
         """As many steps as fit, at most `most_steps`. Raises OptionError that says the least possible budget."""
         step_ms, finish_ms = _high(self.step_ms), _high(self.finish_ms)
         evaluations, before = batches * repeats, spent_ms + batches * finish_ms
-        steps = min(most_steps, math.floor((max_ms - before) / (evaluations * step_ms)))
+        steps = math.floor(min(most_steps, (max_ms - before) / (evaluations * step_ms)))
         if steps < 1:
             least = math.ceil(before + evaluations * step_ms)
             raise OptionError(
@@ -86,13 +87,15 @@ def _high(samples: deque[float]) -> float:
 
 def checked_max_ms(max_ms: object) -> float:
     """`max_ms` as a float. Raises OptionError."""
-    if isinstance(max_ms, bool) or not isinstance(max_ms, Number) or not 0 < max_ms < math.inf:
-        raise OptionError(f"max_ms is {max_ms!r}; wanted milliseconds, above 0", hint="--max-ms 500")
+    if isinstance(max_ms, bool) or not isinstance(max_ms, Number) or not 0 < max_ms <= MOST_MS:
+        raise OptionError(
+            f"max_ms is {max_ms!r}; wanted milliseconds, above 0 and at most {MOST_MS:g}", hint="--max-ms 500"
+        )
     return float(max_ms)
 
 
 def checked_spent_ms(spent_ms: object) -> float:
     """`spent_ms` as a float. Raises OptionError."""
-    if isinstance(spent_ms, bool) or not isinstance(spent_ms, Number) or not -math.inf < spent_ms < math.inf:
+    if isinstance(spent_ms, bool) or not isinstance(spent_ms, Number) or not -MOST_MS <= spent_ms <= MOST_MS:
         raise OptionError(f"spent_ms is {spent_ms!r}; wanted milliseconds", hint="0 counts from the call")
     return float(spent_ms)

@@ -56,9 +56,10 @@ class Editor:
     `close`, or the end of a `with` block, frees what it took. From then on it raises ClosedError.
     """
 
-    def __init__(self, artifact: artifacts.Artifact, backend: Backend) -> None:
+    def __init__(self, artifact: artifacts.Artifact, backend: Backend, search_ms: float = 0.0) -> None:
         self.artifact = artifact
         self.backend = backend
+        self.search_ms = search_ms  # that it took to find the fastest execution, at its first use on this machine
         self.sde = artifact.sde
         self._times: dict[object, StepTimes] = {}  # of edits with a budget, by what decides the time of a step
         self._times_lock = Lock()

@@ -71,10 +71,11 @@ class Trial:
 
 def open_fastest(
     artifact: Artifact, *, backend: str = "auto", precision: str | None = None, threads: int | None = None
-) -> tuple[Artifact, Backend]:
-    """The artifact or a companion, opened on the fastest backend and precision that pass here.
+) -> tuple[Artifact, Backend, float]:
+    """The artifact or a companion, opened on the fastest backend and precision that pass here; what the search took.
 
-    backend, precision: narrow the choice. The first use on a machine takes the time of some hundred evaluations.
+    backend, precision: narrow the choice. The first use on a machine takes the time of some hundred evaluations, and
+    that in milliseconds is the last value; 0 where what was found earlier is used.
     Raises OptionError for an artifact that is not float32, BackendUnavailable where nothing passes.
     """
     if artifact.precision != "fp32":
@@ -86,6 +87,7 @@ def open_fastest(
     identity = _identity(models, backend, precision, threads)
     kept = _file(artifact, identity)
     trials = _read(kept, identity)
+    searched, began = trials is None, time.perf_counter()
     if trials is None:
         log.info("fast: first use of %s on this machine, so what can run it is timed and verified", artifact.name)
         trials = _try_all(models, backend, precision, threads)
@@ -106,10 +108,11 @@ def open_fastest(
         for model in models:
             model.require_unchanged()
         _keep(kept, identity, trials)
+    search_ms = 1e3 * (time.perf_counter() - began) if searched else 0.0
     best = min((trial for trial in trials if trial.passed), key=lambda trial: _cost(trial, trials))
     log.info("fast: %s", _verdict(best, trials))
     model = next(model for model in models if model.sha256 == best.sha256)
-    return model, open_backend(best.backend, model, threads, precision=best.precision)
+    return model, open_backend(best.backend, model, threads, precision=best.precision), search_ms
 
 
 def _try_all(models: Sequence[Artifact], backend: str, precision: str | None, threads: int | None) -> list[Trial]:

@@ -22,6 +22,7 @@ from PIL import Image
 from test_bad_input import Ran, complaints, files, posix
 
 import sdedit
+from sdedit import fastest
 from sdedit.bench import Bench, Effort, expand
 from sdedit.cli.main import main
 from sdedit.cli.repeat import command_line
@@ -350,3 +351,31 @@ def test_json_is_one_object(run: Run, words: str, told: dict[str, Any]) -> None:
     ran = run(f"{words} --json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out) == told
+
+
+def test_a_user_without_a_home_goes_without_caches(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SDEDIT_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr("sdedit.cli.doctor.try_backend", lambda name: {"name": name, "works": True})
+    ran = run(f"{EDIT} --fast")
+    assert ran.code == 0
+    assert "fast: what was found is not kept: Not a directory; SDEDIT_CACHE names another folder" in ran.err
+    assert run("doctor").code == 0
+
+
+def test_a_budget_is_checked_before_a_search_and_does_not_count_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDEDIT_CACHE", "cache")
+    refused = run(f"{EDIT} --fast --max-ms -5")
+    assert refused.err.startswith("error: max_ms is -5.0; wanted milliseconds, above 0 and at most 1e+12\n")
+    open_fastest = fastest.open_fastest
+    monkeypatch.setattr(fastest, "open_fastest", lambda *given, **named: (*open_fastest(*given, **named)[:2], 1e6))
+    monkeypatch.setattr("sdedit.cli.budget.since_start_ms", lambda: 1e6 + 5)
+    ran = run(f"{EDIT} --fast --max-ms 60000")
+    assert ran.code == 0
+    assert "\nbudget: the search of --fast took 1000000 ms beside it, which later runs will not\n" in ran.err
+    assert "\nbudget: 2 of 2 steps in 60000 ms" in ran.err

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -14,14 +15,13 @@ import pytest
 import sdedit
 from sdedit.bench import AXES, Bench, Case, Effort, Row, expand, rounds, visit
 from sdedit.bench.effort import Visit
-from sdedit.cli import bench_formats
+from sdedit.cli import bench, bench_formats
 from sdedit.cli.main import main
 
 FACTS = {
-    "model": "closed-form", "backend": "ort-cpu", "precision": "fp32", "threads": 1, "provider": "CPU", "batch": 2,
-    "steps": 4, "sampler": "em", "t0": 0.5, "spacing": "uniform", "eta": None, "repeats": 1, "gpu": None,
-    "noise": "numpy", "versions": {"numpy": "2"}, "conditions": {},
-    "model_sha256": "0" * 64,
+    "model": "closed-form", "file": "model.onnx", "backend": "ort-cpu", "precision": "fp32", "threads": 1,
+    "provider": "CPU", "batch": 2, "steps": 4, "sampler": "em", "t0": 0.5, "spacing": "uniform", "eta": None,
+    "repeats": 1, "gpu": None, "noise": "numpy", "versions": {"numpy": "2"}, "conditions": {}, "model_sha256": "0" * 64,
 }  # fmt: skip
 
 
@@ -89,6 +89,26 @@ def test_every_case_is_examined_before_anything_is_measured_and_rounds_take_turn
         *((1, steps) for steps in (2, 3, 4)),
     ]
     assert [row.runs for row in bench.rows()] == [5, 5, 5]
+
+
+def test_visited_again_a_bench_begins_again(asked):
+    bench = Bench(expand([None], {"steps": [2, 3]}), Effort(runs=2, rounds=1))
+    assert list(bench.visits()) == list(bench.visits()) == [1, 2, 3, 4]
+    assert [row.runs for row in bench.rows()] == [2, 2]
+
+
+def test_numbers_of_numpy_are_numbers(network):
+    bench = Bench(expand([network], {"steps": [np.int64(2)], "t0": [np.float32(0.5)]}), Effort(np.int64(1), rounds=1))
+    assert list(bench.visits()) == [1, 2]
+    assert (bench.rows()[0].steps, bench.rows()[0].t0) == (2, 0.5)
+
+
+@pytest.mark.parametrize(("values", "told"), [(20, "steps is 20; wanted a list"), ("20", "steps is '20'; wanted a")])
+def test_what_is_listed_is_a_list(values, told):
+    with pytest.raises(sdedit.OptionError, match=told):
+        expand([None], {"steps": values})
+    with pytest.raises(sdedit.OptionError, match="steps is"):
+        Bench(expand([None], {"steps": [[values]]}), Effort())
 
 
 def test_seconds_are_shared_by_the_rounds_and_every_visit_times_an_edit_at_least():
@@ -216,6 +236,15 @@ def test_bytes_are_shown_in_mebibytes():
     assert (cells["peak MiB"], cells["p50 ms"], cells["ms/step"]) == ("300", "5.0", "1.25")
 
 
+def test_models_of_one_name_are_told_apart_by_their_files_and_no_name_breaks_the_table():
+    rows = [row(answer(5.0), file=file, model="a|b\nc", model_sha256=file * 32) for file in ("a.onnx", "b.onnx")]
+    heading, _, *lines = bench_formats.markdown(rows).splitlines()[:4]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in (heading, *lines)]
+    assert [line[1:3] for line in cells] == [["model", "file"], ["a\\|b c", "a.onnx"], ["a\\|b c", "b.onnx"]]
+    assert "file" not in bench_formats.markdown(rows[:1]).splitlines()[0]
+    assert bench.case_of(rows[1]).startswith("b.onnx, ")
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -232,8 +261,19 @@ def test_the_gate_is_on_the_median_and_the_rows_are_printed_all_the_same(asked, 
     assert main(["bench", "--steps", "20,50", "-o", "csv", "--fail-above-ms", gate]) == code
     told = capsys.readouterr()
     assert len(told.out.splitlines()) == 3
-    wanted = "error: 1 of 2 cases have a p50 above 499.9 ms, the slowest 500.0 ms: closed-form, ort-cpu, fp32"
+    wanted = "error: 1 of 2 cases have a p50 above 499.9 ms, the slowest 500.0 ms: model.onnx, ort-cpu, fp32"
     assert (wanted in told.err) == (code == 3)
+
+
+def test_the_gate_holds_also_where_nobody_reads_the_rows_any_more(asked, monkeypatch, capsys):
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Left())
+    assert main(["bench", "--steps", "20", "--fail-above-ms", "1"]) == 3
+    assert "error: 1 of 1 cases have a p50 above 1 ms" in capsys.readouterr().err
+    assert main(["bench", "--steps", "20", "--fail-above-ms", "1000"]) == 0
 
 
 def test_ctrl_c_prints_what_was_measured(asked, capsys, monkeypatch):

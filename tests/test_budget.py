@@ -73,6 +73,10 @@ def test_as_many_steps_as_fit_run():
     assert steps(settled, 10) == 1
 
 
+def test_the_largest_budget_is_enough_for_the_fastest_steps():
+    assert steps(measured([5e-324] * 32), budget.MOST_MS) == 50
+
+
 def test_never_more_than_without_a_budget():
     assert steps(measured([10.0] * 32), 1e6, most_steps=20) == 20
 
@@ -105,13 +109,13 @@ def test_an_impossible_budget_is_refused_with_the_least_possible_one():
     assert steps(measured([31.0] * 32), 35, spent_ms=4) == 1
 
 
-@pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf"), "500", True])
+@pytest.mark.parametrize("wrong", [0, -1, float("nan"), float("inf"), 1.7e308, 10**400, "500", True])
 def test_a_budget_is_a_number_of_milliseconds(wrong, fresh):
     with pytest.raises(sdedit.OptionError, match="wanted milliseconds, above 0"):
         fresh.edit(GUIDE, max_ms=wrong)
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), "5", True, None])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1e308, 10**400, "5", True, None])
 def test_what_is_spent_is_a_number_of_milliseconds(wrong, fresh):
     with pytest.raises(sdedit.OptionError, match=r"spent_ms is .*; wanted milliseconds"):
         fresh.edit(GUIDE, max_ms=500, spent_ms=wrong)

@@ -109,6 +109,13 @@ def test_what_was_found_of_a_file_that_is_no_longer_there_is_not_kept(folder, ti
     assert not cache.exists()
 
 
+def test_what_the_search_took_is_told_once(folder, times):
+    times |= {"right.onnx": 9.0, "int8.onnx": 5.0}
+    first, later = (sdedit.load(folder / "right.onnx", fast=True, backend="ort-cpu").search_ms for _ in range(2))
+    assert first > 0
+    assert later == 0
+
+
 CHANGES = {
     "threads": lambda patch, folder: {"threads": 1},
     "another cpu": lambda patch, folder: patch.setattr(fastest.cpu, "identity", lambda: ["flags: none"]),

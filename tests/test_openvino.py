@@ -13,7 +13,7 @@ import onnx
 import pytest
 from closed_form import SDES, metadata, save
 from conftest import SHAPE
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import sdedit
@@ -151,6 +151,14 @@ def test_what_it_cannot_load_is_an_error_about_the_file(tmp_path):
     with pytest.raises(sdedit.ArtifactError, match=r"broken\.onnx: OpenVINO cannot load it: .") as raised:
         sdedit.load(path, backend="openvino")
     assert "Exception from" not in str(raised.value)
+
+
+def test_an_output_of_another_shape_is_an_error_about_it(tmp_path):
+    nodes = [helper.make_node("Constant", [], ["denoised"], value=numpy_helper.from_array(np.zeros((1,) * 4, "f4")))]
+    unsaid = {"denoised": (TensorProto.FLOAT, ["B", "c", "h", "w"])}
+    path = save(tmp_path / "one.onnx", nodes, {}, metadata(SHAPE, SDES["vp"]), shape=SHAPE, outputs=unsaid)
+    with pytest.raises(sdedit.NetworkError, match=r"OpenVINO does not take float32 \(1, 3, 8, 12\) for denoised: ."):
+        sdedit.load(path, backend="openvino").backend.bind(1, {})
 
 
 def test_without_the_package_the_error_names_the_extra(network, monkeypatch):

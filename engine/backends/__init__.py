@@ -129,10 +129,8 @@ def _open(
     if precision is not None and precision not in (can := precisions(name, model)):
         require_known(precision)
         own = model if isinstance(model, Artifact) else model.artifact
-        hint = (
-            "name a model of that precision with -m, or leave --precision out; --backend openvino runs fp32 models in "
-        )
-        hint += "bf16 on a CPU that has it"
+        hint = "name a model of that precision, or leave --precision out; --backend openvino runs fp32 models in bf16 "
+        hint += "on a CPU that has it"
         raise BackendUnavailable(
             f"precision {precision} was asked for; {own.name} is {own.precision}, and {name} runs it in "
             f"{' or '.join(can)} alone",

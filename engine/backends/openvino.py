@@ -131,7 +131,13 @@ class _Bound(Bound):
     def _share(self, name: str, array: NDArray[Any]) -> None:
         import openvino
 
-        self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+        try:
+            self._request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
+        except RuntimeError as error:
+            raise NetworkError(
+                f"OpenVINO does not take {array.dtype} {array.shape} for {name}: {_reason(error)}",
+                hint="check the model with 'sdedit inspect'",
+            ) from error
 
     def _run(self) -> None:
         try:

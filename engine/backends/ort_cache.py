@@ -44,7 +44,7 @@ def open_session(artifact: Artifact, open_with: Open) -> Any:
     try:
         identity = _identity(artifact)
         entry = None if identity is None else _entry(artifact, identity)
-    except (OSError, RuntimeError):  # no home folder, say
+    except OSError:
         entry = None
     if entry is None:
         return open_with(None, None)

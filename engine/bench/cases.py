@@ -69,11 +69,12 @@ def expand(
     if unknown := set(lists) - set(known):
         raise OptionError(f"nothing to vary is called {', '.join(sorted(unknown))}", hint=f"vary {', '.join(known)}")
     for name, values in {"model": models, **lists}.items():
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise OptionError(f"{name} is {values!r}; wanted a list", hint=f"{name}: [{values!r}]")
         if not values:
             raise OptionError(f"{name} is an empty list", hint="give at least one value, or leave it out")
-        if len(set(values)) < len(values):
-            twice = next(value for value in values if list(values).count(value) > 1)
-            raise OptionError(f"{name} lists {twice} twice", hint="name every value once")
+        if twice := [value for value in values if list(values).count(value) > 1]:
+            raise OptionError(f"{name} lists {twice[0]} twice", hint="name every value once")
     names = [None if model is None else str(model) for model in models]
     ordered = [name for name in known if name in lists]
     given = tuple((conditions or {}).items())

@@ -37,8 +37,9 @@ class Bench:
     def visits(self) -> Iterator[int]:
         """Examine and measure; yields how many visits are done, after each. Raises SdeditError of the first that fails.
 
-        Every second round goes backwards: a steady drift then cancels out.
+        Every second round goes backwards: a steady drift then cancels out. Called again, it begins again.
         """
+        self._facts, self._found = [], [[] for _ in self._cases]
         for index, case in enumerate(self._cases):
             found = _run(case, None)
             self._facts.append(found["facts"])
@@ -74,7 +75,8 @@ def _check(case: Case) -> None:
 
 def _run(case: Case, visit: Visit | None) -> dict[str, Any]:
     """The answer of a new process. It leaves Ctrl-C to this one, which ends it."""
-    request = json.dumps({"case": asdict(case), "visit": None if visit is None else asdict(visit)})
+    asked = {"case": asdict(case), "visit": None if visit is None else asdict(visit)}
+    request = json.dumps(asked, default=lambda number: number.item())  # of NumPy
     command = [sys.executable, "-P", "-m", "sdedit.bench.visit"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True

@@ -21,6 +21,7 @@ class Row:
     """
 
     model: str = column(CASE, "model")
+    file: str = column(CASE, "file")  # as it was named
     backend: str = column(CASE, "backend")
     precision: str = column(CASE, "precision")
     threads: int = column(CASE, "threads")

@@ -59,6 +59,7 @@ def examine(case: Case) -> dict[str, Any]:
     )
     facts = {
         "model": editor.artifact.name,
+        "file": (pinned if case.fast else case).model or "the bundled model",
         **{name: getattr(backend, name) for name in ("precision", "threads", "provider")},
         "backend": backend.name,
         **{name: getattr(options, name) for name in ("batch", "steps", "sampler", "t0", "spacing", "eta", "repeats")},
