@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from arguments import output_file, positive, program
 from conditions import conditions
 from PIL import Image
 
@@ -99,13 +100,13 @@ class Watch:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a folder of pictures costs beside its network.")
-    parser.add_argument("-o", "--output", type=Path, help="write the result here too")
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, help="default: that of sdedit batch")
+    parser.add_argument("-o", "--output", type=output_file, help="write the result here too")
+    parser.add_argument("--images", type=positive, default=500)
+    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--batch", type=positive, help="default: that of sdedit batch")
     arguments = parser.parse_args()
-    if arguments.images < 10 or arguments.images % 10:
-        parser.error(f"--images is {arguments.images}; wanted a positive multiple of 10: the job is timed in tenths")
+    if arguments.images % 10:
+        parser.error(f"--images is {arguments.images}; wanted a multiple of 10: the job is timed in tenths")
     tenth = arguments.images // 10
     editor = sdedit.load(backend="ort-cpu")
     about, network = conditions("pillow", editor=editor), Network(editor)
@@ -157,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

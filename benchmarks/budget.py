@@ -9,6 +9,7 @@ output has its name (its ctime).
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import cold_start
 import numpy as np
+from arguments import output_file, positive, program
 from conditions import conditions
 
 import sdedit
@@ -75,8 +77,8 @@ def rows(taken: dict[int, list[tuple[float, int]]]) -> list[dict[str, object]]:
             "runs": len(runs),
             "refused": sum(steps == 0 for _, steps in runs),
             "within": round(sum(ms <= budget for ms, _ in runs) / len(runs), 3),
-            "median_ms": round(statistics.median(ms for ms, _ in runs), 1),
-            "worst_ms": round(max((ms for ms, steps in runs if steps), default=0.0), 1),
+            "median_ms": finite(statistics.median(ms for ms, _ in runs)),  # null: most were refused
+            "worst_ms": finite(max((ms for ms, steps in runs if steps), default=math.inf)),
             "steps": sorted({steps for _, steps in runs}),
             "median_steps": statistics.median(steps for _, steps in runs),
             "samples": [[round(ms, 1) if steps else None, steps] for ms, steps in runs],
@@ -85,11 +87,16 @@ def rows(taken: dict[int, list[tuple[float, int]]]) -> list[dict[str, object]]:
     ]
 
 
+def finite(ms: float) -> float | None:
+    """As JSON has it."""
+    return round(ms, 1) if math.isfinite(ms) else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument("--command-runs", type=int, default=50)
-    parser.add_argument("-o", "--output", type=Path, help="write the JSON here too")
+    parser.add_argument("--runs", type=positive, default=50)
+    parser.add_argument("--command-runs", type=positive, default=50)
+    parser.add_argument("-o", "--output", type=output_file, help="write the JSON here too")
     arguments = parser.parse_args()
     asked = {"steps": STEPS, "runs": arguments.runs, "command_runs": arguments.command_runs}
     results = {
@@ -106,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from arguments import output_file, positive, program
 from conditions import conditions
 
 GUIDE = Path(__file__).parents[1] / "examples" / "strokes.png"
@@ -84,9 +85,9 @@ def summary(samples: list[float]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("-o", "--output", type=Path, help="write the JSON here too")
+    parser.add_argument("--runs", type=positive, default=15)
+    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("-o", "--output", type=output_file, help="write the JSON here too")
     arguments = parser.parse_args()
     results = {
         "conditions": conditions("pillow", "onnxruntime")
@@ -103,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

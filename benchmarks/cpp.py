@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from arguments import output_file, positive, program
 from conditions import conditions, cores
 from PIL import Image
 
@@ -24,9 +25,9 @@ STROKES = Path(__file__).parents[1] / "examples" / "strokes.png"
 def main() -> None:
     parser = argparse.ArgumentParser(description="One edit in C++ beside Python's.")
     parser.add_argument("build", type=Path)
-    parser.add_argument("-o", "--output", type=Path, help="write the result here too")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("-o", "--output", type=output_file, help="write the result here too")
+    parser.add_argument("--steps", type=positive, default=50)
+    parser.add_argument("--runs", type=positive, default=15)
     arguments = parser.parse_args()
     editor = sdedit.load(backend="ort-cpu", threads=cores())
     about = conditions(editor=editor) | {"steps": arguments.steps, "runs": arguments.runs}
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import names, output_file, positive, program
 from conditions import conditions, cores
 from kept import keep
 from peer_networks import NETWORKS, Network, network
@@ -54,11 +55,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The network alone on a CPU, in torch, ONNX Runtime and OpenVINO.")
     parser.add_argument("--network", choices=("unet-64", "ddpm-256"), default="unet-64")
     parser.add_argument("--networks", type=Path, default=NETWORKS, metavar="DIR", help="where they are made and kept")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--each", type=int, default=5, help="evaluations counted in a turn")
+    parser.add_argument("--rounds", type=positive, default=10)
+    parser.add_argument("--each", type=positive, default=5, help="evaluations counted in a turn")
     parser.add_argument("--seconds", type=float, default=3600, help="no round is begun after as long")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=[*TORCH, *OURS], metavar="NAME,…")
-    parser.add_argument("-o", "--output", type=Path, help="write what there is here, after every round")
+    parser.add_argument("--only", type=names, default=[*TORCH, *OURS], metavar="NAME,…")
+    parser.add_argument("-o", "--output", type=output_file, help="write what there is here, after every round")
     parser.add_argument("--serve", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve is not None:
@@ -194,4 +195,4 @@ def table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

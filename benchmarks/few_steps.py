@@ -18,6 +18,7 @@ from typing import Any
 
 import gram
 import numpy as np
+from arguments import positive, program
 from conditions import cpu
 from measured import Features, Rows
 from numpy.typing import NDArray
@@ -161,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How many steps an edit needs.")
     add_arguments(parser)
     parser.set_defaults(draw=draw)
-    parser.add_argument("--settings", type=int, metavar="N", help="make only the first N, those of most interest")
+    parser.add_argument("--settings", type=positive, metavar="N", help="make only the first N, those of most interest")
     arguments = parser.parse_args()
     end = until(arguments)
     cache, guides = opened(arguments)
@@ -179,7 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except sdedit.SdeditError as error:
-        sys.exit(f"error: {error}\nhint: {error.hint}")
+    program(main)

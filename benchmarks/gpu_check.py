@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import output_file, program
 
 import sdedit
 from sdedit.cuda.device_loop import DeviceLoop, DeviceNetwork
@@ -365,7 +366,7 @@ def write(result: Row, path: Path | None) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="What only a GPU can show.")
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL.onnx", help="beside the bundled model")
-    parser.add_argument("-o", "--output", type=Path, help="write the whole result as JSON")
+    parser.add_argument("-o", "--output", type=output_file, help="write the whole result as JSON")
     parser.add_argument("--only-kernels", action="store_true", help="the checks of our own kernels, no timing")
     parser.add_argument("--small", action="store_true", help="check few and small shapes")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out: it takes minutes")
@@ -392,4 +393,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import output_file, positive, program
 from conditions import conditions
 from gpu_peer_loops import BUNDLED, CONTESTANTS, LEVELS, OURS, SCHEDULER, Setting, levels, network_input
 from gpu_peers_table import table
@@ -264,13 +265,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--contestants", metavar="NAME;NAME", help="only these")
     parser.add_argument("--list", action="store_true", help="print the contestants' names")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--t0", type=float, default=0.5)
     parser.add_argument("--batches", default="1", metavar="N,N")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--seconds", type=float, default=170, help="begin no further round when so many have passed")
     parser.add_argument("--open-seconds", type=float, default=75, help="for opening, which includes torch.compile")
-    parser.add_argument("-o", "--output", type=Path, help="write the whole result as JSON")
+    parser.add_argument("-o", "--output", type=output_file, help="write the whole result as JSON")
     parser.add_argument("--serve", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve is not None:
@@ -299,4 +300,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from arguments import output_file, positive, program
 from conditions import conditions
 
 import sdedit
@@ -87,9 +88,9 @@ def outside_network(timings: list[sdedit.Timings]) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the engine adds to the network.")
     parser.add_argument("models", metavar="MODEL.onnx", type=Path, nargs="*", help="beside the bundled one")
-    parser.add_argument("-o", "--output", type=Path, help="write the result here too")
-    parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("-o", "--output", type=output_file, help="write the result here too")
+    parser.add_argument("--runs", type=positive, default=15)
+    parser.add_argument("--steps", type=positive, default=50)
     arguments = parser.parse_args()
     results = {
         "conditions": conditions() | {"runs": arguments.runs},
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

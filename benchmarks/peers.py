@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from arguments import names, output_file, positive, program
 from conditions import conditions
 from kept import keep
 from peer_networks import NAMES, NETWORKS, VP, Network, network
@@ -235,17 +236,23 @@ def load_kept(path: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NAMES, default="unet-64")
-    parser.add_argument("--steps", type=int, default=50, help="of everybody but the original loop, which has them all")
+    parser.add_argument(
+        "--steps", type=positive, default=50, help="of everybody but the original loop, which has them all"
+    )
     parser.add_argument("--t0", type=float, default=0.5)
     parser.add_argument("--sampler", help="of sdedit's edits (default: ancestral, em for a VE network)")
     parser.add_argument("--spacing", default="uniform", help="of the same steps (diffusers' scheduler has its own)")
-    parser.add_argument("--peers", metavar="NAME,NAME", help="only these (default: all but the original loop)")
+    parser.add_argument(
+        "--peers", type=names, metavar="NAME,NAME", help="only these (default: all but the original loop)"
+    )
     parser.add_argument("--list", action="store_true", help="print the peers' names")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--seconds", type=float, default=200, help="begin no further round after so many")
-    parser.add_argument("--first", type=int, metavar="N", help="instead: start each peer N times, time its first edit")
+    parser.add_argument(
+        "--first", type=positive, metavar="N", help="instead: start each peer N times, time its first edit"
+    )
     parser.add_argument("--int8", action="store_true", help="make the int8 artifact too, which takes minutes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add what is measured to this file")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="add what is measured to this file")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing, print the tables of this file")
     parser.add_argument("--networks", type=Path, default=NETWORKS, metavar="DIR", help="where they are made and kept")
     parser.add_argument("--serve", metavar="NAME", help=argparse.SUPPRESS)
@@ -262,8 +269,8 @@ def main() -> None:
 
     if arguments.list:
         return print(*PEERS, sep="\n")
-    names = [name for name in PEERS if name != PAPER] if arguments.peers is None else arguments.peers.split(",")
-    if unknown := set(names) - set(PEERS):
+    chosen = [name for name in PEERS if name != PAPER] if arguments.peers is None else arguments.peers
+    if unknown := set(chosen) - set(PEERS):
         parser.error(f"no peer is called {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
     used = network(arguments.network, arguments.networks, int8=arguments.int8)
     request = make_request(used, arguments.steps, arguments.t0, arguments.sampler, arguments.spacing)
@@ -273,9 +280,9 @@ def main() -> None:
     call: dict[str, Any] = {"conditions": about, "rounds": [], "first": []}
     kept["calls"].append(call)
     if arguments.first is not None:
-        part, found = "first", measure_first(names, request, arguments.first)
+        part, found = "first", measure_first(chosen, request, arguments.first)
     else:
-        part, found = "rounds", measure_rounds(names, request, arguments.rounds, arguments.seconds)
+        part, found = "rounds", measure_rounds(chosen, request, arguments.rounds, arguments.seconds)
     for one in found:
         call[part].append(one)
         if arguments.json is not None:
@@ -288,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

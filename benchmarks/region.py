@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from arguments import file_here, numbers, output_file, positive, program
 from conditions import conditions
 from PIL import Image
 
@@ -46,19 +47,23 @@ def summary(samples: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Windows against whole frames.")
     parser.add_argument("model", type=Path)
-    parser.add_argument("photos", type=Path, nargs="+")
-    parser.add_argument("--t0", default="0.3,0.5,0.7")
+    parser.add_argument("photos", type=file_here, nargs="+")
+    parser.add_argument("--t0", type=numbers, default="0.3,0.5,0.7", metavar="T0,T0…")
     parser.add_argument("--side", type=float, default=0.3125, help="of the repainted square, as a part of the frame's")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--places", type=int, default=4, help="squares a photograph, for the distances (0: only time)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the timing")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--rounds", type=positive, default=3, help="of the timing")
+    parser.add_argument("-o", "--output", type=output_file)
     arguments = parser.parse_args()
 
     editor = sdedit.load(arguments.model, backend="ort-cpu")
     about = conditions(editor=editor)
     frame = editor.artifact.width, editor.artifact.height
     side = round(arguments.side * min(frame))
+    if not editor.artifact.metadata["image"].get("dynamic"):
+        parser.error(f"{arguments.model} has one size; wanted a model of any (sdedit export --dynamic)")
+    if not 0 < side <= min(frame):
+        parser.error(f"--side is {arguments.side:g}; wanted a part of the frame, such as 0.3125")
     photos = [np.asarray(Image.open(path).convert("RGB").resize(frame)) for path in arguments.photos]
     rng = np.random.default_rng(0)
 
@@ -72,7 +77,7 @@ def main() -> None:
         return left, top, mask
 
     quality = {}
-    for t0 in map(float, arguments.t0.split(",")) if arguments.places else ():
+    for t0 in arguments.t0 if arguments.places else ():
         rows = []
         for number, photo in enumerate(photos * arguments.places):
             left, top, mask = square()
@@ -117,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

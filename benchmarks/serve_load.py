@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from arguments import output_file, positive, program
 from conditions import conditions
 from PIL import Image
 
@@ -152,12 +153,12 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="A service under three times the load it can do.")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--queue", type=int, default=32)
+    parser.add_argument("--requests", type=positive, default=1000)
+    parser.add_argument("--steps", type=positive, default=6)
+    parser.add_argument("--batch", type=positive, default=4)
+    parser.add_argument("--queue", type=positive, default=32)
     parser.add_argument("--capacity-seconds", type=float, default=15)
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=output_file)
     arguments = parser.parse_args()
     steps, batch, guide = arguments.steps, arguments.batch, GUIDE.read_bytes()
 
@@ -203,4 +204,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program(main)

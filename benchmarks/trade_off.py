@@ -23,6 +23,7 @@ import masked
 import numpy as np
 import samples
 import trade_off_report
+from arguments import program
 from measured import Features, Rows
 from samples import Cache, Guides, Setting
 
@@ -178,7 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except sdedit.SdeditError as error:
-        sys.exit(f"error: {error}\nhint: {error.hint}")
+    program(main)

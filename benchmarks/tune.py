@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from arguments import positive, program
 from conditions import conditions
 from PIL import Image
 
@@ -52,9 +53,9 @@ def sheet_ms(editor: sdedit.Editor, steps: int, batch: int | None) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--steps", type=int, help="of an edit (default: the model's)")
-    parser.add_argument("--batch", type=int, help="of the sheet (default: as sdedit tune chooses it)")
+    parser.add_argument("--runs", type=positive, default=9)
+    parser.add_argument("--steps", type=positive, help="of an edit (default: the model's)")
+    parser.add_argument("--batch", type=positive, help="of the sheet (default: as sdedit tune chooses it)")
     arguments = parser.parse_args()
     editor = sdedit.load(backend="ort-cpu")
     about = conditions("pillow", editor=editor)
@@ -89,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -13,6 +13,7 @@ import pytest
 import sdedit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import budget
 import conditions
 import cpu_network
 from kept import keep
@@ -56,6 +57,33 @@ def start():
         process.close()
 
 
+def refused(program, *words):
+    """What a program says of such words, which it does not start to measure with."""
+    command = [sys.executable, str(BENCHMARKS / f"{program}.py"), *map(str, words)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (ran.returncode or "refused", "")
+    assert "Traceback" not in ran.stderr
+    return ran.stderr
+
+
+def test_what_a_program_cannot_do_is_said_before_it_measures(tmp_path, network):
+    photo = BENCHMARKS.parent / "examples" / "photo.png"
+    assert "--runs: '0' is not a whole number above 0" in refused("cold_start", "--runs", 0)
+    nowhere = tmp_path / "nowhere" / "found.json"
+    assert f"{nowhere}: not a file's name in a folder that is there" in refused("lean", "-o", nowhere)
+    assert f"{tmp_path}: not a file's name" in refused("batch", "-o", tmp_path)
+    assert "error: nowhere.onnx: no such file\nhint: check the path" in refused("region", "nowhere.onnx", photo)
+    assert "--images is 505; wanted a multiple of 10" in refused("batch", "--images", 505)
+    assert "nowhere.png: no such file" in refused("region", network, "nowhere.png")
+    assert "has one size; wanted a model of any" in refused("region", network, photo)
+
+
+def test_a_budget_that_always_was_too_small_is_no_number():
+    (row,) = budget.rows({60: [(float("inf"), 0), (float("inf"), 0)]})
+    assert (row["refused"], row["within"], row["median_ms"], row["worst_ms"]) == (2, 0, None, None)
+    assert "Infinity" not in json.dumps(row)
+
+
 def test_a_contestant_answers_and_what_libraries_print_is_no_answer(start):
     process = start({"steps": 2})
     assert process.hear() == {}
@@ -96,14 +124,6 @@ def test_a_result_that_cannot_be_written_leaves_the_last_one_whole(tmp_path):
         keep(path, {"rounds": object()})
     assert json.loads(path.read_text()) == {"rounds": 1}
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("images", [505, 5, 0])
-def test_a_folder_that_has_no_whole_tenths_is_refused(images):
-    pytest.importorskip("onnxruntime")
-    command = [sys.executable, BENCHMARKS / "batch.py", "--images", str(images)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, f"--images is {images}; wanted a positive multiple of 10" in done.stderr) == (2, True)
 
 
 class Turns:
