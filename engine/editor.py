@@ -122,7 +122,7 @@ class Editor:
         """
         began = time.perf_counter()
         chosen = make_options(options).resolved(self.artifact.defaults)
-        jobs = self._jobs(listed(guides), None if mask is None else listed(mask), chosen)
+        jobs = self.prepare_all(listed(guides), None if mask is None else listed(mask), chosen)
         groups = grouped(self._windowed(jobs, chosen), chosen)
         budget = None
         if max_ms is not None:
@@ -171,6 +171,23 @@ class Editor:
         if omega_full is not None:
             omega = image.mask_to_model(omega_full, placement)
         return Job(picture, read_mask, placement, image.to_model(picture, placement), omega, omega_full, seed)
+
+    def prepare_all(self, guides: Sequence[Source], masks: Sequence[Source] | None, options: EditOptions) -> list[Job]:
+        """Every guide with each of its seeds; one mask serves all guides, or each has its own.
+
+        options: resolved. Raises ImageError, OptionError.
+        """
+        if not guides:
+            raise OptionError("no guide to edit", hint="pass at least one picture")
+        if masks is not None and len(masks) not in (1, len(guides)):
+            raise OptionError(f"{len(masks)} masks for {len(guides)} guides", hint="give one mask for all, or one each")
+        jobs = []
+        for index, source in enumerate(guides):
+            mask = None if masks is None else masks[index if len(masks) > 1 else 0]
+            job = self.prepare(source, options, mask=mask)
+            first = index * options.samples
+            jobs += [replace(job, seed=result_seed(options.seed, first + n)) for n in range(options.samples)]
+        return jobs
 
     @contextmanager
     def batches(self, options: EditOptions) -> Iterator[Callable[[Sequence[Job]], list[Result]]]:
@@ -261,19 +278,6 @@ class Editor:
     @property
     def _takes_windows(self) -> bool:
         return bool(self.artifact.metadata["image"].get("dynamic")) and self.backend.takes_windows
-
-    def _jobs(self, guides: list[Source], masks: list[Source] | None, options: EditOptions) -> list[Job]:
-        if not guides:
-            raise OptionError("no guide to edit", hint="pass at least one picture")
-        if masks is not None and len(masks) not in (1, len(guides)):
-            raise OptionError(f"{len(masks)} masks for {len(guides)} guides", hint="give one mask for all, or one each")
-        jobs = []
-        for index, source in enumerate(guides):
-            mask = None if masks is None else masks[index if len(masks) > 1 else 0]
-            job = self.prepare(source, options, mask=mask)
-            first = index * options.samples
-            jobs += [replace(job, seed=result_seed(options.seed, first + n)) for n in range(options.samples)]
-        return jobs
 
 
 def load(

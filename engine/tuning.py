@@ -20,7 +20,6 @@ from sdedit.errors import ImageError, OptionError
 from sdedit.image import Pixels, Source
 from sdedit.jobs import Job
 from sdedit.metrics import SUBSET_SIZE, kid, l2
-from sdedit.noise import result_seed
 from sdedit.options import MOST, EditOptions, make_options
 from sdedit.results import Result
 from sdedit.schedule import latest_t0, plan
@@ -146,24 +145,16 @@ def open_tuner(
 ) -> Iterator[Tuner]:
     """For the length of a `with` block, a Tuner of a guide, or of a list of them.
 
-    masks: one for each guide. t0s: how many t0 will be tried at a time. options: the fields of EditOptions; `batch`
-    is chosen for them where it is not given. Result number j has the seed it has in `Editor.edit`. Raises ImageError,
-    OptionError.
+    masks: one for all guides, or one for each. t0s: how many t0 will be tried at a time. options: the fields of
+    EditOptions; `batch` is chosen for them where it is not given. Result number j has the seed it has in `Editor.edit`.
+    Raises ImageError, OptionError.
     """
     guides, masks = listed(guides), None if masks is None else listed(masks)
-    if not guides:
-        raise OptionError("no guide to tune", hint="pass at least one picture")
-    if masks is not None and len(masks) != len(guides):
-        raise OptionError(f"{len(masks)} masks for {len(guides)} guides", hint="give one mask for each guide")
     chosen = make_options(options).resolved(editor.artifact.defaults)
+    jobs = editor.prepare_all(guides, masks, chosen)
     if "batch" not in options:
-        edits = whole("t0s", t0s, 1, MOST, hint="how many t0 are tried at a time") * len(guides) * chosen.samples
+        edits = whole("t0s", t0s, 1, MOST, hint="how many t0 are tried at a time") * len(jobs)
         chosen = replace(chosen, batch=math.ceil(edits / math.ceil(edits / BATCH)))
-    jobs = []
-    for index, guide in enumerate(guides):
-        job = editor.prepare(guide, chosen, mask=None if masks is None else masks[index])
-        first = index * chosen.samples
-        jobs += [replace(job, seed=result_seed(chosen.seed, first + n)) for n in range(chosen.samples)]
     if masks is not None and len({job.guide.size for job in jobs}) > 1:
         first_of_another = next(job for job in jobs if job.guide.size != jobs[0].guide.size)
         sizes = ["{}x{}".format(*job.guide.size) for job in (jobs[0], first_of_another)]

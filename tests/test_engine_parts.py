@@ -1,6 +1,7 @@
 """Parts that the command line reaches only on machines, sizes and callers that tests do not have."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,24 +41,23 @@ class CopyingSession:
         binding.output[...] = binding.inputs["x"] * binding.inputs["sigma"].reshape(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize(("shares_memory", "fresh"), [(False, True), (True, False)])
-def test_a_session_that_copies_what_it_binds_sees_every_step(
-    monkeypatch: pytest.MonkeyPatch, shares_memory: bool, fresh: bool
-) -> None:
+@pytest.mark.parametrize("copies", [True, False])
+def test_a_session_that_copies_what_it_binds_sees_every_step(monkeypatch: pytest.MonkeyPatch, copies: bool) -> None:
     session = CopyingSession()
-    real = ort._Bound._bind
+    real = ort._Bound._share
 
-    def bind(self: ort._Bound, side: str, name: str, array: np.ndarray) -> None:
+    def share(self: ort._Bound, name: str, array: np.ndarray) -> None:
         session.binding.arrays[array.ctypes.data] = array
-        real(self, side, name, array)
+        real(self, name, array)
 
-    monkeypatch.setattr(ort._Bound, "_bind", bind)
-    bound = ort._Bound(session, (1, 1, 2, 2), {}, shares_memory=shares_memory)
+    monkeypatch.setattr(ort._Bound, "_share", share)
+    model = SimpleNamespace(frame=lambda size: (2, 2), channels=1, extra_inputs={})
+    bound = ort._Bound(session, copies, model, 1, {}, None)
     x = np.ones((1, 1, 2, 2), np.float32)
     bound(x, np.full(1, 2, np.float32))
     x *= 3
     second = bound(x, np.full(1, 5, np.float32))
-    assert bool((second == 15).all()) is fresh
+    assert bool((second == 15).all()) is copies
 
 
 @pytest.mark.usefixtures("each_noise_maker")
