@@ -174,7 +174,7 @@ def read(path: Path) -> Artifact:
         artifact = validate(path, model, stat.st_size, metadata)
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}", hint=error.hint) from None
-    return replace(artifact, state=(_state_of(stat), *_state(artifact._files[1:])))
+    return replace(artifact, state=(state_of(stat), *_state(artifact._files[1:])))
 
 
 def loop_metadata(path: Path) -> Any:
@@ -192,11 +192,12 @@ def is_artifact(path: Path) -> bool:
 
 
 def _state(files: Sequence[Path]) -> State:
-    """What is another after a file was replaced or written to. Raises OSError."""
-    return tuple(_state_of(file.stat()) for file in files)
+    """Raises OSError."""
+    return tuple(state_of(file.stat()) for file in files)
 
 
-def _state_of(file: os.stat_result) -> tuple[int, ...]:
+def state_of(file: os.stat_result) -> tuple[int, ...]:
+    """What is another after the file was replaced or written to."""
     return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
 
 

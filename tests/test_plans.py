@@ -662,6 +662,17 @@ def test_a_plan_that_cannot_run_here_says_both_sides_and_the_fix(here, capabilit
     assert caught.value.hint.startswith(hint)
 
 
+def test_a_plan_that_is_replaced_after_it_was_checked_is_not_taken(written, built):
+    checked = plan.read(written)
+    assert checked.data() == built.data
+    written.touch()
+    with pytest.raises(ArtifactError, match=r"small\.plan: was changed since it was checked"):
+        checked.data()
+    written.unlink()
+    with pytest.raises(ArtifactError, match="was changed since it was checked"):
+        checked.data()
+
+
 def test_a_plan_that_can_run_here_passes(written, rtx):
     plan.require_runnable(plan.read(written), rtx, (8, 6))
     plan.require_runnable(plan.read(written), rtx)

@@ -161,7 +161,7 @@ class TensorRtBackend:
     def _deserialize(self, plan: Plan) -> Any:
         if self._runtime is None:
             self._runtime = self._library.module.Runtime(self._logger)
-        engine = self._runtime.deserialize_cuda_engine(plan.path.read_bytes())
+        engine = self._runtime.deserialize_cuda_engine(plan.data())
         if engine is None:
             raise ArtifactError(
                 f"{plan.path}: {self.name} cannot load it: {self._logger.last_error() or 'no reason given'}",

@@ -24,6 +24,7 @@ A reader ignores keys that it does not know and refuses a higher format.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ class Plan:
     path: Path
     sidecar: Sidecar = field(repr=False)
     artifact: Artifact = field(repr=False)  # as in the .onnx it came from, which need not be here
+    state: tuple[int, ...] = field(repr=False)  # of the file that was checked
 
     @property
     def profile(self) -> tuple[int, int, int]:
@@ -59,6 +61,16 @@ class Plan:
     @property
     def precision(self) -> str:
         return str(self.sidecar["precision"])
+
+    def data(self) -> bytes:
+        """The engine, serialized. Raises ArtifactError where the file is no longer the one that was checked."""
+        try:
+            data, same = self.path.read_bytes(), artifacts.state_of(self.path.stat()) == self.state
+        except OSError:
+            same = False
+        if not same:
+            raise ArtifactError(f"{self.path}: was changed since it was checked", hint="load it again")
+        return data
 
     @property
     def built_by(self) -> str:
@@ -124,14 +136,14 @@ def read(path: Path) -> Plan:
     if size != said["bytes"]:
         raise ArtifactError(f"{path}: has {size} bytes; its sidecar says {said['bytes']}: it is damaged", hint=again)
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        state, found = artifacts.state_of(os.fstat(file.fileno())), hashlib.file_digest(file, "sha256").hexdigest()
     if found != said["sha256"]:
         raise ArtifactError(
             f"{path}: has SHA-256 {found[:12]}…; its sidecar says {said['sha256'][:12]}…: it is damaged, or not the "
             "plan that the sidecar describes",
             hint=again,
         )
-    return Plan(path, sidecar, artifact)
+    return Plan(path, sidecar, artifact, state)
 
 
 def require_runnable(plan: Plan, library: Library, compute_capability: tuple[int, int] | None = None) -> None:
