@@ -127,7 +127,7 @@ def show(described: dict[str, Any]) -> None:
     for side in ("inputs", "outputs"):
         rows[side] = "  ".join(f"{t['name']} {t['dtype']} {_shape(t['shape'])}" for t in described[side])
     for name, value in rows.items():
-        print(f"  {name:<12}{value}")
+        print(f"  {name:<13}{value}")
     if table := described.get("table"):
         print(f"\n{'step':>6}" + "".join(f"{name:>13}" for name in table["columns"]))
         for number, row in enumerate(table["rows"], start=1):

@@ -283,7 +283,7 @@ def again(
     if best is None:
         what = ["--set", str(folders[0])] if folders else [arguments.guide]
         t0s = ",".join(repr(trial.t0) for trial in trials)
-        words = ["tune", *what, "-o", arguments.output, "--t0", t0s, *steps, "-n", str(options.samples)]
+        words = ["tune", *what, "-o", arguments.output, "--t0", t0s, *steps, "-n", str(options.samples), "--force"]
     elif folders:
         edited = beside(folders[0])
         words = ["batch", str(folders[0]), "-o", edited, "--t0", repr(best.t0), *steps]

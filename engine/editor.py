@@ -217,7 +217,8 @@ class Editor:
     ) -> "GpuTensor | NDArray[np.float32]":
         """Edit a batch of tensors that lie where the network runs; none is copied on the way in.
 
-        guide: float32 (B, C, H, W) in [-1, 1] at the model's size, mask: float32 (B, 1, H, W) in [0, 1], 1 = repaint.
+        guide: float32 (B, C, H, W) in [-1, 1] at the model's size, mask: float32 (B, 1, H, W) in [0, 1], 1 = repaint;
+        both in C order. What a mask keeps comes out close to the guide and is not pasted from it.
         On a GPU any library's tensors with `__cuda_array_interface__` or `__dlpack__`, on a CPU NumPy's and any with
         `__array_interface__` or `__dlpack__`. options: t0, steps, sampler, eta, spacing, seed (image j has seed + j),
         repeats, conditions. Returns float32 (B, C, H, W), unclipped, with both protocols too; on a CPU a NumPy array.

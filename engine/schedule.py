@@ -2,7 +2,9 @@
 
 A sampler is N rows of coefficients; every executor runs the same update with them,
 
-    x' = a·x + b·D + d·(D - D_prev) + c·z,        D = D(x; σ),   z ~ N(0, I).
+    x' = a·x + (b·D + d·(D - D_prev)) + c·z,      D = D(x; σ),   z ~ N(0, I),
+
+in floating point in this order.
 """
 
 from collections.abc import Sequence

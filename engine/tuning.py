@@ -7,7 +7,7 @@ grows with t0, KID to real pictures falls.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ class Trial:
     t0: float
     l2: float  # the mean over all results of √Σ(guide - result)², values in [0, 1]
     kid: float | None  # of all results to the real pictures, where there are some
-    pictures: tuple[tuple[Pixels, ...], ...]  # of the first SHOWN guides, seed by seed
+    pictures: tuple[tuple[Pixels, ...], ...] = field(repr=False)  # of the first SHOWN guides, seed by seed
 
 
 @dataclass(frozen=True)

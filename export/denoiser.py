@@ -5,6 +5,7 @@ range) and what it returns (eps, score, x0, v, or EDM's F) is a Convention; Deno
 wraps a PyTorch module and, traced by itself, somebody else's ONNX graph.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,12 @@ class Convention:
         require("predicts", self.predicts, PREDICTS)
         require("time", self.time, TIMES)
         require("data range", self.data_range, DATA_RANGES)
+        if not 0 < self.sigma_data < math.inf:
+            raise OptionError(f"sigma data is {self.sigma_data}; wanted a number above 0", hint="0.5 is the usual one")
+        if not self.time_scale or not math.isfinite(self.time_scale):
+            raise OptionError(
+                f"time scale is {self.time_scale}; wanted a finite number, not 0", hint="leave it out for 1"
+            )
         if self.time == "index" and not isinstance(self.sde, schedules.VPDiscrete):
             raise OptionError(
                 f"time index needs a schedule of levels, and the SDE is {self.sde.kind}",
@@ -75,7 +82,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, *conditions: Tensor) -> Tensor:
         scaled, label = self.before(x, sigma)
-        return self.after(x, sigma, self.net(scaled, label, *conditions))
+        own = scaled.clone() if scaled is x else scaled  # the network may change it in place
+        return self.after(x, sigma, self.net(own, label, *conditions))
 
 
 class Before(nn.Module):

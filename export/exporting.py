@@ -23,6 +23,7 @@ from sdedit.export.denoiser import Denoiser
 from sdedit.export.graph import OPSETS, set_opset
 from sdedit.export.int8 import quantize
 from sdedit.export.source import Source
+from sdedit.places import writing
 from sdedit.sde import Sde, from_metadata
 from sdedit.verify import Array
 
@@ -124,7 +125,7 @@ def write(
     output.check([path], force=force, inputs=list(guides))
     sde = from_metadata(graph.metadata["sde"])
     frames = verify.guide_frames(guides, graph.metadata["image"])
-    with tempfile.TemporaryDirectory(prefix=".sdedit-", dir=path.parent) as folder:
+    with writing(path), tempfile.TemporaryDirectory(prefix=".sdedit-", dir=path.parent) as folder:
         scratch = Path(folder)
         model = set_opset(graph.model, opset)
         if precision in ("fp16", "bf16"):
@@ -179,9 +180,12 @@ def chosen_opset(asked: int | None, own: int, precision: str) -> int:
 def out_of_tolerance(report: Report, path: Path) -> OutOfTolerance:
     """The error that says by how much."""
     worst = report.worst
+    better = "--precision fp32 is the most exact"
+    if report.tolerance <= verify.TOLERANCES["fp32"]:
+        better = "a network that chooses by values, as with `if t[0] > 500`, is not traced"
     return OutOfTolerance(
         f"{path}: not written: error {worst.error:.2g} at σ = {worst.sigma:.4g}, tolerance {report.tolerance:.2g}",
-        hint="--precision fp32 is the most exact; --allow-inaccurate writes it all the same, marked",
+        hint=f"{better}; --allow-inaccurate writes it all the same, marked",
     )
 
 
@@ -238,6 +242,8 @@ def try_network(source: Source) -> None:
             f"{called} returned {found}; wanted {list(x.shape)}, or twice the channels with a learned variance",
             hint="--size and --channels describe its images",
         )
+    if raw.dtype != torch.float32:
+        raise OptionError(f"{called} returned {raw.dtype}; wanted torch.float32", hint="end it with .float()")
 
 
 def runs_in_double(source: Source) -> bool:

@@ -79,7 +79,7 @@ def set_opset(model: ModelProto, opset: int) -> ModelProto:
     result.graph.node.extend(converted.graph.node)
     result.graph.initializer.extend(converted.graph.initializer)
     result.opset_import.extend(converted.opset_import)
-    result.ir_version = max(model.ir_version, helper.find_min_ir_version_for(result.opset_import))
+    result.ir_version = max(model.ir_version, helper.find_min_ir_version_for(result.opset_import, ignore_unknown=True))
     types_of(result)  # an older opset may lack a type
     return result
 

@@ -62,6 +62,7 @@ from sdedit.export.expressions import Value, Writer
 from sdedit.export.graph import OPSETS, set_opset
 from sdedit.export.noise_graph import Draw, NoiseGraph
 from sdedit.noise import SPECIFICATION, STREAM_MASK, STREAM_STATE
+from sdedit.places import writing
 from sdedit.schedule import COLUMNS, StepTable, plan
 
 FORMAT = 1
@@ -119,7 +120,7 @@ def write(
     }
     edit = _Edit(opened, table, repeats=repeats, masked=mask, pixels=guide == "uint8", drawn=noise == "graph")
     model = edit.around(onnx.load(opened.path))
-    with tempfile.TemporaryDirectory(prefix=".sdedit-", dir=path.parent) as scratch:
+    with writing(path), tempfile.TemporaryDirectory(prefix=".sdedit-", dir=path.parent) as scratch:
         files = to_onnx.write(model, Path(scratch) / path.name, {PROPERTY: json.dumps(metadata)})
         output.check([path.with_name(file.name) for file in files], force=force, inputs=[opened.path, *opened.external])
         for file in reversed(files):  # the graph itself last

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sdedit.errors import OptionError
@@ -54,12 +55,14 @@ def make(spelled: str) -> nn.Module:
     try:
         made: Any = getattr(importlib.import_module(name), factory)
         net = made() if not isinstance(made, nn.Module) else made
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise OptionError(f"--module {spelled}: {type(error).__name__}: {error}", hint=hint) from error
     finally:
         sys.path.remove(os.getcwd())
     if not isinstance(net, nn.Module):
         raise OptionError(f"--module {spelled}: returned a {type(net).__name__}, not a torch.nn.Module", hint=hint)
+    if isinstance(net, torch.jit.ScriptModule):
+        raise OptionError(f"--module {spelled}: returned a ScriptModule", hint="return the module it was scripted from")
     return net
 
 

@@ -72,7 +72,13 @@ def trace_module(
             opset_version=opset,
             dynamo=False,  # small static graphs, and no further packages
         )
-        return onnx.load(path)
+        model = onnx.load(path)
+    told = {tensor.name for tensor in model.graph.input}
+    for name, example in inputs:  # what the module does not use is an input all the same
+        if name not in told:
+            kind = helper.np_dtype_to_tensor_dtype(example.numpy().dtype)
+            model.graph.input.append(helper.make_tensor_value_info(name, kind, ["B", *example.shape[1:]]))
+    return model
 
 
 def opset_of(model: onnx.ModelProto) -> int:

@@ -49,6 +49,12 @@ def number():
 
 def broken():
     raise RuntimeError("no such file: weights.bin")
+
+def leaves():
+    raise SystemExit(0)
+
+def scripted():
+    return torch.jit.script(nn.Tanh())
 '''
 
 
@@ -141,6 +147,8 @@ def test_json_is_one_object_with_the_verification(here, capsys):
         (["--module", "tinynet:other"], 2, "--module tinynet:other: AttributeError: module 'tinynet' has no attribute"),
         (["--module", "nothere:net"], 2, "--module nothere:net: ModuleNotFoundError: No module named 'nothere'"),
         (["--module", "tinynet:broken"], 2, "--module tinynet:broken: RuntimeError: no such file: weights.bin"),
+        (["--module", "tinynet:leaves"], 2, "--module tinynet:leaves: SystemExit: 0"),
+        (["--module", "tinynet:scripted"], 2, "--module tinynet:scripted: returned a ScriptModule"),
         (["--module", "tinynet:number"], 2, "--module tinynet:number: returned a int, not a torch.nn.Module"),
         (["--sde", "quartic"], 2, "--sde quartic: no schedule is called 'quartic'"),
         (["--predicts", "noise"], 2, "predicts is 'noise'"),
@@ -632,9 +640,71 @@ def test_a_network_that_casts_to_float32_inside_is_compared_in_float32(tmp_path)
     assert export_denoiser(CastsInside(), tmp_path / "net.onnx", sde="linear", size=16).within
 
 
+class InPlace(nn.Module):
+    """Changes its input, as a first line that shifts the data range does."""
+
+    def forward(self, x, label):
+        return x.mul_(0.5).add_(0.5).sin()
+
+
+@pytest.mark.parametrize("convention", [{"sde": "ve:sigma_min=0.02,sigma_max=50"}, {"sde": "edm", "predicts": "eps"}])
+def test_a_network_may_change_its_input(convention, tmp_path):
+    assert export_denoiser(InPlace(), tmp_path / "net.onnx", size=16, **{"predicts": "eps"} | convention).within
+    x, sigma = inputs(3.0)
+    expected = x - 3 * np.sin(0.5 * x + 0.5)
+    np.testing.assert_allclose(run_artifact(tmp_path / "net.onnx", x, sigma), expected, atol=1e-5)
+
+
+class Experts(nn.Module):
+    """One for high noise levels, one for low ones, by the first image's."""
+
+    def forward(self, x, label):
+        return x.sin() if label[0] < 600 else x.cos()
+
+
+def test_a_choice_that_a_trace_freezes_is_out_of_tolerance(tmp_path):
+    with pytest.raises(OutOfTolerance, match="not written"):
+        export_denoiser(Experts(), tmp_path / "net.onnx", sde="linear", size=16)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Table(nn.Module):
+    """Looks its label up."""
+
+    def __init__(self):
+        super().__init__()
+        self.levels = nn.Embedding(1000, 3)
+
+    def forward(self, x, label):
+        return x * self.levels(label.long())[:, :, None, None]
+
+
+@pytest.mark.parametrize("sde", ["linear", "cosine", "linear:steps=500"])
+def test_a_table_of_levels_is_exported(sde, tmp_path):
+    assert export_denoiser(Table(), tmp_path / "net.onnx", sde=sde, size=16, round_time=True).within
+
+
+class NoLevel(nn.Module):
+    def forward(self, x, label):
+        return x.tanh()
+
+
+def test_a_denoiser_that_ignores_its_level_has_the_input_all_the_same(tmp_path):
+    assert export_denoiser(NoLevel(), tmp_path / "net.onnx", sde="edm", predicts="denoiser", size=16).within
+    x, sigma = inputs(2.0)
+    np.testing.assert_allclose(run_artifact(tmp_path / "net.onnx", x, sigma), np.tanh(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"sigma_data": 0.0}, {"sigma_data": -1.0}, {"time_scale": float("nan")}])
+def test_a_convention_has_numbers_that_make_sense(wrong, tmp_path):
+    with pytest.raises(OptionError, match="wanted a"):
+        export_denoiser(tiny(), tmp_path / "net.onnx", sde="edm", predicts="edm", size=16, **wrong)
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
+        (lambda x: x.double(), "returned torch.float64; wanted torch.float32"),
         (lambda x: (x,), "returned tuple; wanted [2, 3, 16, 16]"),
         (lambda x: x[:, :2], "returned [2, 2, 16, 16]; wanted [2, 3, 16, 16]"),
         (lambda x: x[:, :, :8], "returned [2, 3, 8, 16]; wanted [2, 3, 16, 16]"),

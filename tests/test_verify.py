@@ -35,7 +35,7 @@ def test_it_looks_at_the_whole_schedule_and_along_an_edit():
     times = [e.t for e in report.evaluations if e.where == "schedule"]
     np.testing.assert_allclose(times, verify.TIMES, rtol=1e-6)
     edit = [e.sigma for e in report.evaluations if e.where == "edit"]
-    assert max(edit) == pytest.approx(float(SDE.sigma(0.5)))
+    assert max(edit) == pytest.approx(float(SDE.sigma(verify.EDIT_T0)))
     assert len(set(edit)) == 8
 
 
@@ -50,6 +50,17 @@ def test_an_error_at_one_noise_level_is_found_there(level):
     report = compared(wrong)
     assert not report.within
     assert report.worst.t == pytest.approx(level, rel=1e-2)
+
+
+def test_a_choice_made_by_the_first_image_of_a_batch_is_found():
+    """As of expert networks for high and low noise, which a tracer freezes as it finds them."""
+
+    def chosen(x, sigma):
+        return denoiser(x, sigma) * np.float32(2 if sigma[0] > SDE.sigma(0.7) else 1)
+
+    report = verify.compare(lambda batch: chosen, lambda batch: denoiser, SDE, GUIDES, tolerance=1e-5)
+    wrong = {e.t > 0.7 for e in report.evaluations if e.where == "schedule" and e.error > 0.1}
+    assert wrong == {True}
 
 
 def test_an_error_in_the_second_image_of_a_batch_is_found():
