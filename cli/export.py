@@ -97,6 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.loop:
         return export_loop.run(arguments, others)
     export_loop.require_unused(arguments)
+    for name, needed, given in (
+        ("multiple", "--dynamic", arguments.dynamic), ("sigma_data", "--predicts edm", arguments.predicts == "edm"),
+    ):  # fmt: skip
+        if getattr(arguments, name) is not None and not given:
+            raise OptionError(f"--{name.replace('_', '-')} without {needed}", hint=f"add {needed}, or leave it out")
     output.check(
         [target], force=arguments.force, inputs=[Path(p) for p in (arguments.source, arguments.checkpoint) if p]
     )
@@ -272,6 +277,8 @@ def module_source(arguments: argparse.Namespace) -> Any:
             f"--{missing} is missing: any other network needs --module, --sde and --size",
             hint="--module package.module:factory --sde linear --size 64 --predicts eps --time index",
         )
+    if arguments.source and arguments.checkpoint:
+        raise OptionError(f"weights twice: {arguments.source} and --checkpoint", hint="name one file of them")
     return module.load(
         arguments.module, arguments.checkpoint or arguments.source, convention(arguments),
         channels=arguments.channels or 3, size=arguments.size, multiple=arguments.multiple or 1,

@@ -103,8 +103,13 @@ def _process_of_our_own(debug: bool) -> Iterator[None]:
     log = logging.getLogger("sdedit")
     log.addHandler(told)
     log.setLevel(logging.INFO)
-    mine = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if mine else None
+    ends = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    if threading.current_thread() is not threading.main_thread():
+        ends = []
+    before = {number: signal.getsignal(number) for number in ends}
+    for number in ends:
+        if before[number] != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _terminate)
     try:
         with warnings.catch_warnings():
             if not debug:
@@ -112,8 +117,8 @@ def _process_of_our_own(debug: bool) -> Iterator[None]:
             yield
     finally:
         log.removeHandler(told)
-        if mine:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

@@ -1557,7 +1557,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 @posix
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_an_edit_that_is_stopped_while_it_writes_leaves_nothing(tmp_path: Path, edit: list[Any], name: str) -> None:
     before = files(tmp_path)
     command = [sys.executable, "-c", STOPPED_WHILE_WRITING, name, *arguments(*edit, "-n", "2")]

@@ -152,6 +152,8 @@ def test_json_is_one_object_with_the_verification(here, capsys):
         (["--module", "tinynet:number"], 2, "--module tinynet:number: returned a int, not a torch.nn.Module"),
         (["--sde", "quartic"], 2, "--sde quartic: no schedule is called 'quartic'"),
         (["--predicts", "noise"], 2, "predicts is 'noise'"),
+        (["--multiple", "4"], 2, "--multiple without --dynamic"),
+        (["--sigma-data", "0.7"], 2, "--sigma-data without --predicts edm"),
         (["--precision", "fp8"], 2, "unknown precision 'fp8'"),
         (["--opset", "17"], 2, "opset is 17; wanted 18 to 22 for fp32"),
         (["--guide", "none.png"], 1, "none.png: no such file"),
