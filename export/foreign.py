@@ -21,7 +21,7 @@ from sdedit.export import schedules, to_onnx
 from sdedit.export.checkpoints import provenance
 from sdedit.export.denoiser import After, Before, Convention, Denoiser
 from sdedit.export.exporting import Graph, summary_of, tool_versions, torch_reference
-from sdedit.export.graph import OPSETS, set_opset
+from sdedit.export.graph import OPSETS, add_prefix, set_opset
 
 TIME_TYPES = {TensorProto.FLOAT: torch.float32, TensorProto.INT64: torch.int64, TensorProto.INT32: torch.int32}
 
@@ -243,11 +243,11 @@ def _join(
     for part in (before, model, after):
         part.ir_version = ir
     first = compose.merge_models(
-        compose.add_prefix(before, "before."), compose.add_prefix(model, "net."),
+        add_prefix(before, "before."), add_prefix(model, "net."),
         io_map=[("before.scaled", f"net.{image}"), ("before.label", f"net.{time}")], outputs=[f"net.{output}"],
     )  # fmt: skip
     joined = compose.merge_models(
-        first, compose.add_prefix(after, "after."), io_map=[(f"net.{output}", "after.raw")]
+        first, add_prefix(after, "after."), io_map=[(f"net.{output}", "after.raw")]
     )  # fmt: skip
     rename = {"before.x": "x", "after.x": "x", "before.sigma": "sigma", "after.sigma": "sigma",
               "after.denoised": "denoised"}  # fmt: skip

@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, compose, helper
 from onnx.shape_inference import InferenceError, infer_shapes
 
 from sdedit.errors import OptionError
-from sdedit.export.to_onnx import opset_of
+from sdedit.export.to_onnx import bodies, opset_of
 
 OPSETS = range(18, 23)
 FLOAT = TensorProto.FLOAT
@@ -118,7 +118,7 @@ def lift_constants(graph: GraphProto) -> None:
 
 def replace_nodes(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
     """The graph's nodes are these; what was inferred of the old ones goes, and constants that nobody uses."""
-    used = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
+    used = names_read(nodes) | {output.name for output in graph.output}
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
     keep_weights(graph, lambda weight: weight.name in used)
@@ -131,11 +131,34 @@ def keep_weights(graph: GraphProto, wanted: Callable[[TensorProto], bool]) -> No
             del graph.initializer[i]
 
 
+def names_read(nodes: Iterable[NodeProto]) -> set[str]:
+    """What nodes read, those inside of control flow included."""
+    read: set[str] = set()
+    for node in nodes:
+        read.update(node.input)
+        for body in bodies(node):
+            read |= names_read(body.node) | {output.name for output in body.output}
+    return read
+
+
 def rename(nodes: Iterable[NodeProto], names: Mapping[str, str]) -> None:
+    """Also inside of control flow, where a name means the same."""
     for node in nodes:
         for tensors in (node.input, node.output):
             for i, name in enumerate(tensors):
                 tensors[i] = names.get(name, name)
+        for body in bodies(node):
+            rename(body.node, names)
+            for output in body.output:
+                output.name = names.get(output.name, output.name)
+
+
+def add_prefix(model: ModelProto, prefix: str) -> ModelProto:
+    """The model with a prefix before every name, in place. onnx's own forgets weights that control flow reads."""
+    weights = [weight.name for weight in model.graph.initializer]
+    result = compose.add_prefix(model, prefix, inplace=True)
+    rename(result.graph.node, {name: f"{prefix}{name}" for name in weights})
+    return result
 
 
 def copied(model: ModelProto) -> ModelProto:

@@ -59,7 +59,7 @@ from sdedit.artifact import Artifact
 from sdedit.errors import OptionError
 from sdedit.export import to_onnx
 from sdedit.export.expressions import Value, Writer
-from sdedit.export.graph import OPSETS, set_opset
+from sdedit.export.graph import OPSETS, add_prefix, set_opset
 from sdedit.export.noise_graph import Draw, NoiseGraph
 from sdedit.noise import SPECIFICATION, STREAM_MASK, STREAM_STATE
 from sdedit.places import writing
@@ -149,7 +149,7 @@ class _Edit:
         """The edit around an artifact's graph, whose names it changes."""
         if to_onnx.opset_of(model) < OPSETS[0]:  # bitwise operators begin there
             model = set_opset(model, OPSETS[0])
-        w, network = self._w, onnx.compose.add_prefix_graph(model.graph, NETWORK, inplace=True)
+        w, network = self._w, add_prefix(model, NETWORK).graph
         given = Value("guide", w)
         x = self._to_model(given)
         self._start(x)

@@ -109,9 +109,16 @@ def weights_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """The weights of a graph and of the bodies of its control flow."""
     yield from graph.initializer
     for node in graph.node:
-        for attribute in node.attribute:
-            for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-                yield from weights_of(body)
+        for body in bodies(node):
+            yield from weights_of(body)
+
+
+def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs of a node's control flow."""
+    for attribute in node.attribute:
+        yield from attribute.graphs
+        if attribute.HasField("g"):
+            yield attribute.g
 
 
 def replace_metadata(path: Path, metadata: Mapping[str, Any]) -> None:

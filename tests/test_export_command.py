@@ -438,6 +438,32 @@ def test_external_data_of_a_constant_is_found_too(tmp_path, inside):
         artifact.read(path)
 
 
+def test_weights_that_a_branch_reads_stay_with_it(tmp_path):
+    """Those of the graph around it: in another opset, wrapped as somebody else's, and in a whole edit."""
+
+    def branch(name):
+        product = helper.make_node("Mul", ["x", name], [f"{name}.x"])
+        return helper.make_graph([product], name, [], [helper.make_tensor_value_info(f"{name}.x", 1, None)])
+
+    path = with_external(tmp_path / "model.onnx", "unused")
+    model = onnx.load(path, load_external_data=False)
+    del model.graph.node[:], model.graph.initializer[:]
+    branches = {"then_branch": branch("half"), "else_branch": branch("third")}
+    model.graph.node.append(helper.make_node("If", ["yes"], ["denoised"], **branches))
+    weights = {"yes": np.array(True), "half": np.float32(0.5), "third": np.float32(0.3)}
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(w), name) for name, w in weights.items())
+    onnx.save(model, path)
+    x, sigma = inputs(2.0)
+    assert main(["export", str(path), "--opset", "20", "-o", str(tmp_path / "20.onnx")]) == 0
+    np.testing.assert_allclose(run_artifact(tmp_path / "20.onnx", x, sigma), 0.5 * x, rtol=1e-6)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "theirs.onnx")
+    words = ["--sde", "edm", "--predicts", "denoiser", "--inputs", "x,sigma", "-o", str(tmp_path / "ours.onnx")]
+    assert main(["export", str(tmp_path / "theirs.onnx"), *words]) == 0
+    np.testing.assert_allclose(run_artifact(tmp_path / "ours.onnx", x, sigma), 0.5 * x, rtol=1e-6)
+    assert main(["export", "--loop", str(path), "-o", str(tmp_path / "edit.onnx"), "--steps", "2"]) == 0
+
+
 def test_external_data_that_is_missing_is_named(tmp_path):
     path = with_external(tmp_path / "model.onnx", "model.onnx.data")
     with pytest.raises(ArtifactError, match=r"its weights are in 'model.onnx.data', which is not beside it"):
