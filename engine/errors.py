@@ -2,12 +2,11 @@
 
 
 class SdeditError(Exception):
-    """Base of every error this package raises on purpose. `str(error)` is the message; a traceback has the hint too."""
+    """Base of every error this package raises on purpose. `str(error)` is the message."""
 
     def __init__(self, message: str, *, hint: str) -> None:
         super().__init__(message)
         self.hint = hint
-        self.add_note(f"hint: {hint}")
 
 
 class OptionError(SdeditError):
