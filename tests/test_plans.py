@@ -1,5 +1,6 @@
 """TensorRT plans: real ones, built ahead of time by TensorRT-RTX without a GPU; their sidecars; the cache of them."""
 
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache as remember
@@ -455,6 +457,29 @@ def test_a_file_that_is_no_timing_cache_is_refused(small, tmp_path):
     with pytest.raises(OptionError, match="timings: not a timing cache of tensorrt 10"):
         build(small, in_place_of_tensorrt(), gpu=GPU, timing_cache=tmp_path / "timings")
     assert (tmp_path / "timings").read_bytes() == b"not timings" * 20
+
+
+@nobody_has_a_gpu
+def test_a_builder_that_failed_is_gone_though_its_error_is_kept(small):
+    """Freed later, by a garbage collection inside of another builder's log, it would wait for that one's lock."""
+    builders = []
+
+    class Watched(trt.Builder):  # looks for the GPU, and finds none
+        def create_builder_config(self):
+            builders.append(weakref.ref(self))
+            config = super().create_builder_config()
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
+            return config
+
+    gc.disable()
+    try:
+        with pytest.raises(ArtifactError, match="could not build a plan") as caught:
+            build(small, in_place_of_tensorrt(Builder=Watched), gpu=GPU)
+        assert [builder() for builder in builders] == [None]
+    finally:
+        gc.enable()
+    assert caught.value.__traceback__ is not None
 
 
 @nobody_has_a_gpu

@@ -6,6 +6,7 @@ Precision is the artifact's own: TensorRT goes by the types in the graph, and fl
 import hashlib
 import re
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -197,6 +198,15 @@ class _Job:
         self.log = library.logger("VERBOSE" if verbose else "INFO")
 
     def __call__(self, progress: "_Progress") -> bytes:
+        try:
+            return self._build(progress)
+        except BaseException as error:
+            # its traceback would keep the builder until the garbage collector comes, perhaps to a thread in which a
+            # later builder holds TensorRT's lock and writes to the log: the first one's end would wait for that lock
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+    def _build(self, progress: "_Progress") -> bytes:
         trt = self._library.module
         try:
             builder = trt.Builder(self.log)
