@@ -4,8 +4,8 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -115,6 +115,17 @@ def _exchange(files: Sequence[tuple[Path, str]]) -> None:
             elif not existed:
                 path.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses inside is an OutputError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written: {reason(error)}", hint="check the disk and the permissions"
+        ) from error
 
 
 def reason(error: OSError) -> str:

@@ -16,7 +16,7 @@ from sdedit.errors import ImageError, OutputError, ReplayError
 from sdedit.image import Source
 from sdedit.listing import GuideFile, existing_mask, pictures_of
 from sdedit.manifest import Entry
-from sdedit.output import reason
+from sdedit.output import writing
 
 SCRATCH = ".sdedit-batch"  # inside the output folder while a job runs
 
@@ -197,17 +197,6 @@ class LocalPlace:
 def recorded_hashes(entry: Entry) -> tuple[str | None, ...]:
     """SHA-256 of the result, the guide and the mask, as an entry has them."""
     return entry.get("output_sha256"), entry.get("guide_sha256"), entry.get("mask_sha256")
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the system refuses inside is an OutputError about `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {reason(error)}", hint="check the disk and the permissions"
-        ) from error
 
 
 def _sha256(path: Path | None) -> str | None:

@@ -23,7 +23,8 @@ from sdedit.errors import ImageError, OutputError, ReplayError
 from sdedit.image import Encoded
 from sdedit.listing import GuideFile, chosen_pictures, mask_names, no_mask
 from sdedit.manifest import Entry
-from sdedit.places import LocalPlace, Place, recorded_hashes, writing
+from sdedit.output import writing
+from sdedit.places import LocalPlace, Place, recorded_hashes
 from sdedit.url_folder import UrlFolder
 
 SECONDS_A_COPY = 30  # of the manifest: what a driver that dies has to do again

@@ -23,7 +23,7 @@ from sdedit.export.denoiser import Denoiser
 from sdedit.export.graph import OPSETS, set_opset
 from sdedit.export.int8 import quantize
 from sdedit.export.source import Source
-from sdedit.places import writing
+from sdedit.output import writing
 from sdedit.sde import Sde, from_metadata
 from sdedit.verify import Array
 

@@ -62,7 +62,7 @@ from sdedit.export.expressions import Value, Writer
 from sdedit.export.graph import OPSETS, add_prefix, set_opset
 from sdedit.export.noise_graph import Draw, NoiseGraph
 from sdedit.noise import SPECIFICATION, STREAM_MASK, STREAM_STATE
-from sdedit.places import writing
+from sdedit.output import writing
 from sdedit.schedule import COLUMNS, StepTable, plan
 
 FORMAT = 1

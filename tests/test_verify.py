@@ -59,7 +59,7 @@ def test_a_choice_made_by_the_first_image_of_a_batch_is_found():
         return denoiser(x, sigma) * np.float32(2 if sigma[0] > SDE.sigma(0.7) else 1)
 
     report = verify.compare(lambda batch: chosen, lambda batch: denoiser, SDE, GUIDES, tolerance=1e-5)
-    wrong = {e.t > 0.7 for e in report.evaluations if e.where == "schedule" and e.error > 0.1}
+    wrong = {e.t > 0.7 for e in report.evaluations if e.where == "schedule" and e.error > 1e-5}
     assert wrong == {True}
 
 
