@@ -51,8 +51,7 @@ def test_a_session_that_copies_what_it_binds_sees_every_step(monkeypatch: pytest
         real(self, name, array)
 
     monkeypatch.setattr(ort._Bound, "_share", share)
-    model = SimpleNamespace(frame=lambda size: (2, 2), channels=1, extra_inputs={})
-    bound = ort._Bound(session, copies, model, 1, {}, None)
+    bound = ort._Bound(session, copies, SimpleNamespace(extra_inputs={}), (1, 1, 2, 2), {})
     x = np.ones((1, 1, 2, 2), np.float32)
     bound(x, np.full(1, 2, np.float32))
     x *= 3

@@ -8,29 +8,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
-from sdedit.backends import condition_values
 from sdedit.errors import NetworkError
 from sdedit.loop import Array
 
 
 class Bound(ABC):
-    """D(x; σ) of batches of one size: x is read where it lies, and nothing is copied but σ. For one thread at a time.
+    """D(x; σ) of batches of one shape: x is read where it lies, and nothing is copied but σ. For one thread at a time.
 
-    conditions: extra input -> value. Raises OptionError.
+    values: of the extra inputs, checked.
     """
 
     copies = False  # whether the library copies an array when it is given it, and so wants it anew for every call
 
-    def __init__(
-        self, artifact: Artifact, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None
-    ) -> None:
-        width, height = artifact.frame(size)
+    def __init__(self, artifact: Artifact, shape: tuple[int, int, int, int], values: Mapping[str, float]) -> None:
         self._x: Array | None = None
-        self._sigma = np.empty(batch, np.float32)
-        self._denoised = np.empty((batch, artifact.channels, height, width), np.float32)
+        self._sigma = np.empty(shape[0], np.float32)
+        self._denoised = np.empty(shape, np.float32)
         self._extra = {  # kept alive while bound
-            name: np.full(batch, value, artifact.extra_inputs[name].dtype)
-            for name, value in condition_values(artifact, conditions).items()
+            name: np.full(shape[0], value, artifact.extra_inputs[name].dtype) for name, value in values.items()
         }
         for name, array in {"sigma": self._sigma, "denoised": self._denoised, **self._extra}.items():
             self._share(name, array)

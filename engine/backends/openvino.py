@@ -86,9 +86,8 @@ class OpenVinoBackend:
 
     def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
         width, height = self._artifact.frame(size)
-        condition_values(self._artifact, conditions)  # before anything is compiled
-        network = self._network((batch, self._artifact.channels, height, width))
-        return _Bound(network.create_infer_request(), self._artifact, batch, conditions, size)
+        shape, values = (batch, self._artifact.channels, height, width), condition_values(self._artifact, conditions)
+        return _Bound(self._network(shape).create_infer_request(), self._artifact, shape, values)
 
     def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
         return nullcontext(HostExecutor(self.bind(batch, conditions, size), draws_ahead=self.threads > 1))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
-from sdedit.backends import USUAL_BATCH, ort_cache, require_open
+from sdedit.backends import USUAL_BATCH, condition_values, ort_cache, require_open
 from sdedit.backends.bound import Bound
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, SdeditError
 from sdedit.executor import HostExecutor, Lease
@@ -96,7 +96,8 @@ class OrtBackend:
 
     def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
         require_open(self._session is None)
-        return _Bound(self._session, self.name != "ort-cpu", self._artifact, batch, conditions, size)
+        shape, values = self._shape(batch, size), condition_values(self._artifact, conditions)
+        return _Bound(self._session, self.name != "ort-cpu", self._artifact, shape, values)
 
     def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
         return nullcontext(HostExecutor(self.bind(batch, conditions, size), draws_ahead=self.threads > 1))
