@@ -103,7 +103,7 @@ def _opened_whole(entry: Path, identity: object, open_with: Open) -> Any:
     if not _is_whole(entry, identity, (GRAPH,)):
         return None
     whole: list[bool] = []
-    hashing = Thread(target=lambda: whole.append(_is_whole(entry, identity)))
+    hashing = Thread(target=lambda: whole.append(_is_whole(entry, identity, (WEIGHTS,))))
     hashing.start()
     session = None
     with suppress(Exception):  # onnxruntime raises its own kinds, and RuntimeError
