@@ -128,6 +128,14 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def is_at(file: int, path: Path) -> bool:
+    """Whether the open file is still the one at this name: what is locked may have been removed meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def reason(error: OSError) -> str:
     """Why, in the system's words or else the raiser's."""
     return error.strerror or str(error)

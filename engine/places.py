@@ -16,7 +16,7 @@ from sdedit.errors import ImageError, OutputError, ReplayError
 from sdedit.image import Source
 from sdedit.listing import GuideFile, existing_mask, pictures_of
 from sdedit.manifest import Entry
-from sdedit.output import writing
+from sdedit.output import is_at, writing
 
 SCRATCH = ".sdedit-batch"  # inside the output folder while a job runs
 
@@ -161,10 +161,7 @@ class LocalPlace:
             ) from None
         except OSError:  # a file system without locks
             return True
-        try:
-            return os.path.samestat(os.fstat(lock), os.stat(scratch))
-        except FileNotFoundError:
-            return False
+        return is_at(lock, scratch)
 
     def entries(self) -> dict[str, Entry] | None:
         """See Place."""

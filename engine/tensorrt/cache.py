@@ -241,7 +241,7 @@ def _locked(entry: Path, on_wait: Callable[[], object]) -> Iterator[None]:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             held = _try_lock(file)
-            if held and _is_at(file, path):
+            if held and output.is_at(file, path):
                 break
             if not held and not told:
                 told = True
@@ -274,11 +274,3 @@ def _try_lock(file: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     return True
-
-
-def _is_at(file: int, path: Path) -> bool:
-    """Whether the open file is still the one at this name."""
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
-        return False
