@@ -182,7 +182,8 @@ def test_a_close_that_is_interrupted_can_be_done_again():
         lifetime.close(lambda: freed.append(1))
     interrupted.assert_called_once()
     lifetime._changed.wait = wait
-    closing = [threading.Thread(target=lifetime.close, args=(lambda: freed.append(1),)) for _ in range(2)]
+    free = lambda: freed.append(1)  # noqa: E731
+    closing = [threading.Thread(target=lifetime.close, args=(free,), daemon=True) for _ in range(2)]
     for thread in closing:
         thread.start()
     leave.set()
