@@ -1,4 +1,5 @@
-"""As much of the protobuf wire format as it takes to read an ONNX file's interface without the onnx package.
+"""As much of the protobuf wire format as it takes to read an ONNX file's interface without the onnx package, and to put
+other fields into one.
 
 Field numbers are those of onnx.proto (IR version 10); weights are skipped over, not read.
 """
@@ -38,27 +39,27 @@ ELEMENTS = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: 
 def read_model(data: memoryview) -> Model:
     """Raises ValueError where `data` is not a whole ONNX model."""
     opset, metadata, graph = 0, {}, None
-    for number, value in _fields(data):
+    for number, value in fields(data):
         match number, value:
             case 7, memoryview():
                 graph = value
             case 8, memoryview():
-                operators = dict(_fields(value))
+                operators = dict(fields(value))
                 if operators.get(1, b"") in (b"", b"ai.onnx"):
                     version = operators.get(2)
                     opset = version if isinstance(version, int) else 0
             case 14, memoryview():
-                entry = dict(_fields(value))
-                metadata[_text(entry.get(1, memoryview(b"")))] = _text(entry.get(2, memoryview(b"")))
+                entry = dict(fields(value))
+                metadata[text(entry.get(1, memoryview(b"")))] = text(entry.get(2, memoryview(b"")))
     if graph is None or not opset:
         raise ValueError("no graph in it")
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
     weights: set[str] = set()
     external: dict[str, None] = {}
-    for number, value in _fields(graph):
+    for number, value in fields(graph):
         if number == 5:
-            weights.add(next((_text(v) for n, v in _fields(value) if n == 8), ""))
+            weights.add(next((text(v) for n, v in fields(value) if n == 8), ""))
         elif number in (11, 12):
             (inputs if number == 11 else outputs).append(_tensor(value))
         external |= dict.fromkeys(_external(number, value))
@@ -70,66 +71,66 @@ def _external(number: int, value: Value) -> Iterator[str]:
     if number == 5:  # initializer
         yield from _location(value)
     elif number == 15:  # sparse_initializer: values, indices
-        for _, tensor in _fields(value):
+        for _, tensor in fields(value):
             if not isinstance(tensor, int):
                 yield from _location(tensor)
     elif number == 1 and LOCATION.encode() in _bytes(value):  # node; most have none, and are not looked into
-        for field, attribute in _fields(value):
+        for field, attribute in fields(value):
             if field == 5:
-                for kind, part in _fields(attribute):
+                for kind, part in fields(attribute):
                     if kind in (5, 10):  # t, tensors
                         yield from _location(part)
                     elif kind in (6, 11):  # g, graphs
-                        for inner, content in _fields(part):
+                        for inner, content in fields(part):
                             yield from _external(inner, content)
 
 
 def _location(tensor: Value) -> Iterator[str]:
     """The `location` of a TensorProto's external data, where it has any."""
-    for number, value in _fields(tensor):
+    for number, value in fields(tensor):
         if number == 13:
-            entry = dict(_fields(value))
-            if _text(entry.get(1, memoryview(b""))) == LOCATION:
-                yield _text(entry.get(2, memoryview(b"")))
+            entry = dict(fields(value))
+            if text(entry.get(1, memoryview(b""))) == LOCATION:
+                yield text(entry.get(2, memoryview(b"")))
 
 
 def _tensor(data: Value) -> Tensor:
     """ValueInfoProto."""
     name, element, shape = "", "not a tensor", None
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1:
-            name = _text(value)
+            name = text(value)
         elif number == 2:
-            for kind, body in _fields(value):
+            for kind, body in fields(value):
                 if kind == 1:  # tensor_type
-                    parts = dict(_fields(body))
+                    parts = dict(fields(body))
                     element = ELEMENTS.get(_integer(parts.get(1, 0)), f"element type {parts.get(1)}")
                     if 2 in parts:
-                        shape = tuple(_dimension(dim) for tag, dim in _fields(parts[2]) if tag == 1)
+                        shape = tuple(_dimension(dim) for tag, dim in fields(parts[2]) if tag == 1)
     return Tensor(name, element, shape)
 
 
 def _dimension(data: Value) -> int | str | None:
-    parts = dict(_fields(data))
-    return _integer(parts[1]) if 1 in parts else _text(parts[2]) if 2 in parts else None
+    parts = dict(fields(data))
+    return _integer(parts[1]) if 1 in parts else text(parts[2]) if 2 in parts else None
 
 
-def _fields(data: Value) -> Iterator[tuple[int, Value]]:
+def fields(data: Value) -> Iterator[tuple[int, Value]]:
     """The (field number, value) pairs of one message, in order."""
     if isinstance(data, int):
         raise ValueError("a number where a message should be")
     at, end = 0, len(data)
     while at < end:
-        tag, at = _varint(data, at)
+        tag, at = varint(data, at)
         number, wire = tag >> 3, tag & 7
         if number == 0:
             raise ValueError("field number 0")
         if wire == VARINT:
-            value, at = _varint(data, at)
+            value, at = varint(data, at)
             yield number, value
             continue
         if wire == BYTES:
-            size, at = _varint(data, at)
+            size, at = varint(data, at)
         elif wire in (FIXED64, FIXED32):
             size = 8 if wire == FIXED64 else 4
         else:
@@ -140,7 +141,8 @@ def _fields(data: Value) -> Iterator[tuple[int, Value]]:
         at += size
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
+def varint(data: memoryview, at: int) -> tuple[int, int]:
+    """The unsigned integer at this place, and where it ends. Raises ValueError."""
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:
@@ -152,8 +154,24 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _text(value: Value) -> str:
+def text(value: Value) -> str:
+    """A field that is text. Raises ValueError."""
     return _bytes(value).decode("utf-8")
+
+
+def field(number: int, value: int | bytes | memoryview) -> bytes:
+    """One field of a message, written: an integer of 64 bits, signed or not, or bytes."""
+    if isinstance(value, int):
+        return _varint_of(number << 3 | VARINT) + _varint_of(value % 2**64)
+    return _varint_of(number << 3 | BYTES) + _varint_of(len(value)) + value
+
+
+def _varint_of(value: int) -> bytes:
+    written = bytearray()
+    while value > 0x7F:
+        written.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*written, value])
 
 
 def _bytes(value: Value) -> bytes:

@@ -161,6 +161,7 @@ def test_the_loop_in_cpp_makes_the_picture_that_python_makes(sampler, run, netwo
 
 def test_the_bundled_model_in_cpp_makes_the_picture_that_python_makes(run, tmp_path, table, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SDEDIT_OPERATORS", "off")  # which ONNX Runtime has not by itself
     Image.open(ROOT / "examples" / "strokes.png").convert("RGB").resize((64, 64)).save("small.png")
     model = sdedit.load(backend="ort-cpu", threads=1).artifact.path
     rows = table(model, "--t0", "0.5", "--steps", "20")

@@ -14,6 +14,7 @@ from sdedit.backends.bound import Bound
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, SdeditError
 from sdedit.executor import HostExecutor, Lease
 from sdedit.loop import Denoiser
+from sdedit.operators import shipped
 
 if TYPE_CHECKING:
     from sdedit.cuda.tensor_edit import GpuBackend
@@ -112,9 +113,12 @@ class OrtBackend:
     def _open(self) -> Any:
         """The session. Raises whatever ONNX Runtime raises."""
         providers: Providers = [(self.provider, {})]
-        return ort_cache.open_session(
+        session, fused = ort_cache.open_session(
             self._artifact, lambda source, change: self._session_with(providers, source=source, change=change)
         )
+        if fused:
+            self.versions = {**self.versions, "operators": shipped.version()}
+        return session
 
     def _session_with(
         self, providers: Providers, *, source: str | None = None, change: Callable[[Any], None] | None = None

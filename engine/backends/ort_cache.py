@@ -23,67 +23,86 @@ from typing import Any
 
 from sdedit import cpu
 from sdedit.artifact import Artifact
+from sdedit.backends.ort_graph import GRAPH, WEIGHTS, Open, keep, know_operators, open_fused
 from sdedit.cache_folder import cache_folder
+from sdedit.operators import shipped
 
-FORMAT = 1  # of the entries; another when the options of `_keep` change
+FORMAT = 2  # of the entries; another when the options of `keep` change
 VARIABLE = "SDEDIT_GRAPH_CACHE"
 LEAST_BYTES = 2**20  # a smaller artifact is opened sooner than it is looked up
 MOST_BYTES = 4 * 2**30  # of all entries; the least recently used ones go first
 STALE_SECONDS = 3600  # what a killed process left half-written goes after this
-GRAPH, WEIGHTS, ENTRY, SCRATCH = "graph.onnx", "graph.weights", "entry.json", ".new-"
+ENTRY, SCRATCH = "entry.json", ".new-"
 FILES = (GRAPH, WEIGHTS)
 
-Change = Callable[[Any], None]  # sets what is special in SessionOptions
-Open = Callable[[str | None, Change | None], Any]  # opens a file, None for the artifact itself, as a session
+Identity = dict[str, Any]
 
 
-def open_session(artifact: Artifact, open_with: Open) -> Any:
-    """A session of the artifact, from the cache where it can be. Raises what `open_with` raises for the artifact, and
-    ArtifactError where its file was replaced meanwhile.
+def open_session(artifact: Artifact, open_with: Open) -> tuple[Any, bool]:
+    """A session of the artifact, from the cache where it can be, and whether it has this package's operators.
+
+    Raises what `open_with` raises for the artifact, and ArtifactError where its file was replaced meanwhile.
     """
-    try:
-        identity = _identity(artifact)
-        entry = None if identity is None else _entry(artifact, identity)
-    except OSError:
-        entry = None
-    if entry is None:
-        return open_with(None, None)
-    if (session := _opened_whole(entry, identity, open_with)) is not None:
-        with suppress(OSError):  # a cache that may only be read
-            os.utime(entry / ENTRY)
-        return session
+    if not LEAST_BYTES <= artifact.size_bytes <= MOST_BYTES // 2:
+        return open_with(None, None), False
+    identity, opened = _identity(artifact), None
+    if (entry := _entry(artifact, identity)) is not None:
+        opened = _opened_whole(entry, identity, open_with) or _opened_and_kept(entry, identity, artifact, open_with)
+    return opened or _opened_alone(artifact, open_with)
+
+
+def _opened_and_kept(entry: Path, identity: Identity, artifact: Artifact, open_with: Open) -> tuple[Any, bool] | None:
+    """None where it cannot be kept, or not be opened."""
     with suppress(OSError):
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=entry.parent, ignore_cleanup_errors=True) as scratch:
-            made = Path(scratch) / entry.name
-            made.mkdir(mode=0o700)
-            session = None
-            with suppress(Exception):  # of a full disk as of a broken artifact, which then says so below
-                session = open_with(None, _keep(made))
-            if session is not None:
-                artifact.require_unchanged()
-                with suppress(OSError):
-                    _put(made, entry, identity)
-                return session
-    return open_with(None, None)
+            made = Path(scratch) / "fused"
+            session = fused = _quietly(open_fused, artifact, open_with, Path(scratch), made)
+            if session is None:
+                made = Path(scratch) / "own"
+                session = _quietly(open_with, None, keep(made))
+            if session is None:
+                return None
+            artifact.require_unchanged()
+            with suppress(OSError):
+                _put(made, entry, identity, fused is not None)
+            return session, fused is not None
+    return None
 
 
-def _identity(artifact: Artifact) -> dict[str, Any] | None:
-    """All that shapes an optimised graph; None where none is kept."""
+def _opened_alone(artifact: Artifact, open_with: Open) -> tuple[Any, bool]:
+    """Where nothing is kept."""
+    with suppress(OSError), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        if (session := _quietly(open_fused, artifact, open_with, Path(scratch))) is not None:
+            return session, True
+    return open_with(None, None), False
+
+
+def _quietly(work: Callable[..., Any], *given: Any) -> Any:
+    """None for any failure: of a full disk as of a broken artifact, which then says so when it is opened alone."""
+    try:
+        return work(*given)
+    except Exception:
+        return None
+
+
+def _identity(artifact: Artifact) -> Identity:
+    """All that shapes an optimised graph."""
     import onnxruntime
 
-    if os.environ.get(VARIABLE) == "off" or not LEAST_BYTES <= artifact.size_bytes <= MOST_BYTES // 2:
-        return None
     return {
         "format": FORMAT,
         "artifact": artifact.sha256,
         "onnxruntime": [onnxruntime.__version__, onnxruntime.get_build_info()],
+        "operators": shipped.version() if shipped.library() else None,
         "cpu": [sys.platform, platform.machine(), *cpu.identity()],
     }
 
 
-def _entry(artifact: Artifact, identity: dict[str, Any]) -> Path | None:
-    """The folder of the entry; None where ONNX Runtime could not be told its name, which must be text."""
+def _entry(artifact: Artifact, identity: Identity) -> Path | None:
+    """Its folder; None where none is kept, or ONNX Runtime could not be told its name, which must be text."""
+    if os.environ.get(VARIABLE) == "off":
+        return None
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", artifact.name)[:40].strip("-") or "model"
     entry = cache_folder("graphs").absolute() / f"{readable}-{key[:24]}"
@@ -94,7 +113,7 @@ def _entry(artifact: Artifact, identity: dict[str, Any]) -> Path | None:
     return entry
 
 
-def _opened_whole(entry: Path, identity: object, open_with: Open) -> Any:
+def _opened_whole(entry: Path, identity: Identity, open_with: Open) -> tuple[Any, bool] | None:
     """A session of the entry, if every byte of it is what was written for this identity; else None.
 
     ONNX Runtime itself would notice a file that is too short, but not weights that are others. They are hashed while
@@ -109,10 +128,14 @@ def _opened_whole(entry: Path, identity: object, open_with: Open) -> Any:
     with suppress(Exception):  # onnxruntime raises its own kinds, and RuntimeError
         session = open_with(str(entry / GRAPH), _take_as_it_is)
     hashing.join()
-    return session if whole == [True] else None
+    if session is None or whole != [True]:
+        return None
+    with suppress(OSError):  # a cache that may only be read
+        os.utime(entry / ENTRY)
+    return session, json.loads((entry / ENTRY).read_text("utf-8"))["fused"]
 
 
-def _is_whole(entry: Path, identity: object, names: Sequence[str] = FILES) -> bool:
+def _is_whole(entry: Path, identity: Identity, names: Sequence[str] = FILES) -> bool:
     """Whether these files of the entry are what was written, for this identity."""
     try:
         told = json.loads((entry / ENTRY).read_text("utf-8"))
@@ -136,22 +159,12 @@ def _take_as_it_is(options: Any) -> None:
     import onnxruntime
 
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    know_operators(options)
 
 
-def _keep(folder: Path) -> Change:
-    """Write what the optimiser made into `folder`."""
-
-    def change(options: Any) -> None:
-        options.optimized_model_filepath = str(folder / GRAPH)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-
-    return change
-
-
-def _put(made: Path, entry: Path, identity: object) -> None:
+def _put(made: Path, entry: Path, identity: Identity, fused: bool) -> None:
     """Put a finished entry in its place, unless another process was first; a damaged one is replaced."""
-    (made / ENTRY).write_text(json.dumps({"identity": identity, "sha256": _hashes(made)}), "utf-8")
+    (made / ENTRY).write_text(json.dumps({"identity": identity, "fused": fused, "sha256": _hashes(made)}), "utf-8")
     if entry.exists() and not _is_whole(entry, identity):
         shutil.rmtree(entry, ignore_errors=True)
     if not entry.exists():

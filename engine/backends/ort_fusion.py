@@ -1,0 +1,307 @@
+"""A graph that ONNX Runtime has optimised, with this package's operators (operators/) in the place of its own nodes.
+
+What is looked for is how PyTorch's exporter writes a convolution with what is added to it, and a group norm with what
+follows: Reshape, InstanceNormalization, Reshape, Mul, Add; a modulation by the noise level's embedding; SiLU.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from sdedit.protobuf import Value, field, fields, text, varint
+
+DOMAIN = "sdedit"
+NODE, INITIALIZER, OUTPUT = 1, 5, 12  # of a GraphProto
+GRAPH, OPSET = 7, 8  # of a ModelProto
+PRODUCTS = ("MatMul", "FusedMatMul")
+FLOAT, INT64 = 1, 7  # of a TensorProto's data_type
+
+
+def fuse(model: bytes) -> bytes | None:
+    """The same network with this package's operators; None where it has no use for them. Raises ValueError."""
+    parts = list(fields(memoryview(model)))
+    graph = _Graph(next(value for number, value in parts if number == GRAPH))
+    if any(node.has_graphs for node in graph.nodes):  # whose insides may use what would be taken away
+        return None
+    for match in (_group_norm, _convolution, _attention):
+        for node in list(graph.nodes):
+            match(graph, node)
+    if not graph.fused:
+        return None
+    opset = field(OPSET, field(1, DOMAIN.encode()) + field(2, 1))
+    return b"".join(field(n, graph.written() if n == GRAPH else value) for n, value in parts) + opset
+
+
+class _Node:
+    """A NodeProto."""
+
+    def __init__(self, data: Value) -> None:
+        self.data = data
+        self.inputs, self.outputs, self.operator = [], [], ""
+        self._attributes: list[Value] = []
+        for number, value in fields(data):
+            match number:
+                case 1:
+                    self.inputs.append(text(value))
+                case 2:
+                    self.outputs.append(text(value))
+                case 4:
+                    self.operator = text(value)
+                case 5:
+                    self._attributes.append(value)
+
+    @property
+    def output(self) -> str:
+        return self.outputs[0]
+
+    @cached_property
+    def attributes(self) -> dict[str, float | str | tuple[int, ...]]:
+        """Those that are a float, an integer (a tuple of one), integers or text."""
+        found: dict[str, float | str | tuple[int, ...]] = {}
+        for attribute in self._attributes:
+            parts = list(fields(attribute))
+            name = text(next(value for number, value in parts if number == 1))
+            for number, value in parts:
+                if number == 2 and not isinstance(value, int):
+                    found[name] = struct.unpack("<f", value)[0]
+                elif number == 4:
+                    found[name] = text(value)
+            if numbers := _integers(parts, 3) or _integers(parts, 8):
+                found[name] = numbers
+        return found
+
+    @cached_property
+    def has_graphs(self) -> bool:
+        return any(number in (6, 11) for attribute in self._attributes for number, _ in fields(attribute))
+
+
+@dataclass
+class _Constant:
+    """A TensorProto; its values where it holds them itself."""
+
+    dims: tuple[int, ...]
+    element: int
+    data: Value
+
+    @cached_property
+    def values(self) -> tuple[float, ...]:
+        """Of float32 and int64; nothing for others, and for those that lie in another file."""
+        parts = list(fields(self.data))
+        if self.element == INT64:
+            return _integers(parts, 7) or tuple(value for (value,) in struct.iter_unpack("<q", _joined(parts, 9)))
+        if self.element == FLOAT:
+            return tuple(value for (value,) in struct.iter_unpack("<f", _joined(parts, 4) or _joined(parts, 9)))
+        return ()
+
+
+class _Graph:
+    """A GraphProto: its nodes, in their order, and who makes and uses what."""
+
+    def __init__(self, data: Value) -> None:
+        self.nodes: list[_Node] = []
+        self.constants: dict[str, _Constant] = {}
+        self.fused: dict[int, bytes] = {}  # id of the last node of a match -> what stands in its place
+        self._rest: list[tuple[int, Value]] = []
+        self._kept: set[str] = set()
+        for number, value in fields(data):
+            if number == NODE:
+                self.nodes.append(_Node(value))
+                continue
+            self._rest.append((number, value))
+            if number == INITIALIZER:
+                parts = list(fields(value))
+                name = text(next(v for n, v in parts if n == 8))
+                element = next(v for n, v in parts if n == 2 and isinstance(v, int))
+                self.constants[name] = _Constant(_integers(parts, 1), element, value)
+            elif number == OUTPUT:
+                self._kept.add(text(next(v for n, v in fields(value) if n == 1)))
+        self._makers = {name: node for node in self.nodes for name in node.outputs}
+        self._users: dict[str, list[_Node]] = {}
+        for node in self.nodes:
+            for name in node.inputs:
+                self._users.setdefault(name, []).append(node)
+
+    def maker(self, name: str, *operators: str) -> _Node | None:
+        """The node that makes this, if it is one of these."""
+        node = self._makers.get(name)
+        return node if node is not None and node.operator in operators else None
+
+    def user(self, node: _Node | None, *operators: str) -> _Node | None:
+        """The one node that uses what this one makes, if it is one of these and nothing stands in its place."""
+        if node is None or node.output in self._kept:
+            return None
+        match self._users.get(node.output, []):
+            case [user] if user.operator in operators and id(user) not in self.fused:
+                return user
+        return None
+
+    def values(self, name: str) -> tuple[float, ...]:
+        """Of a constant; none where it is not known."""
+        return self.constants[name].values if name in self.constants else ()
+
+    def replace(self, last: _Node, operator: str, inputs: Sequence[str], **attributes: float | tuple[int, ...]) -> None:
+        """Have this operator make what `last` makes. What nobody uses then is left out."""
+        parts = [field(1, name.encode()) for name in inputs]
+        parts += [field(2, last.output.encode()), field(4, operator.encode()), field(7, DOMAIN.encode())]
+        parts += [field(5, _attribute(name, value)) for name, value in attributes.items()]
+        self.fused[id(last)] = b"".join(parts)
+
+    def written(self) -> bytes:
+        written: list[bytes] = []
+        used = set(self._kept)
+        for node in reversed(self.nodes):
+            data = self.fused.get(id(node), node.data)
+            if used.isdisjoint(node.outputs):
+                continue
+            assert not isinstance(data, int)
+            used.update(node.inputs if id(node) not in self.fused else _Node(memoryview(data)).inputs)
+            written.append(field(NODE, data))
+        return b"".join([*reversed(written), *(field(number, value) for number, value in self._rest)])
+
+
+def _group_norm(graph: _Graph, norm: _Node) -> None:
+    """x -> (n, groups, all) -> normalised -> as x -> * scale -> + shift (-> * then_scale -> + then_shift) (-> SiLU)"""
+    if norm.operator != "InstanceNormalization" or (flat := graph.maker(norm.inputs[0], "Reshape")) is None:
+        return
+    back = graph.user(norm, "Reshape")
+    scaled = graph.user(back, "Mul")
+    last = graph.user(scaled, "Add")
+    if graph.user(flat, norm.operator) is None or back is None or scaled is None or last is None:
+        return
+    x = flat.inputs[0]
+    shape = graph.maker(back.inputs[1], "Shape")
+    groups = len(graph.values(norm.inputs[1]))
+    if shape is None or shape.inputs != [x] or shape.attributes.get("start", (0,)) != (0,) or "end" in shape.attributes:
+        return
+    plain = {*graph.values(norm.inputs[1])} == {1.0} and {*graph.values(norm.inputs[2])} == {0.0}
+    if not plain or graph.values(flat.inputs[1]) != (0, groups, -1):
+        return
+    inputs = [x, _other(scaled, back.output), _other(last, scaled.output)]
+    if any(name not in graph.constants or graph.constants[name].element != FLOAT for name in inputs[1:]):
+        return
+    modulated = graph.user(last, "Mul")
+    moved = graph.user(modulated, "Add")
+    if modulated is not None and moved is not None:
+        then = [_other(modulated, last.output), _other(moved, modulated.output)]
+        if all(_is_of_channels(graph, name) for name in then):
+            inputs, last = inputs + then, moved
+    activated = graph.user(last, "QuickGelu")
+    silu = activated is not None and activated.attributes.get("alpha") == 1.0
+    epsilon = norm.attributes.get("epsilon", 1e-5)
+    assert isinstance(epsilon, float)
+    graph.replace(
+        activated if silu and activated is not None else last,
+        "GroupNorm", inputs, groups=(groups,), epsilon=epsilon, silu=(int(silu),),
+    )  # fmt: skip
+
+
+def _convolution(graph: _Graph, conv: _Node) -> None:
+    """Conv (-> +), of two dimensions and all channels."""
+    if conv.operator != "Conv":
+        return
+    told = conv.attributes
+    weights = graph.constants.get(conv.inputs[1])
+    if weights is None or weights.element != FLOAT or len(weights.dims) != 4:
+        return
+    if told.get("group", (1,)) != (1,) or {*_tuple(told.get("dilations", (1, 1)))} != {1}:
+        return
+    if told.get("auto_pad", "NOTSET") != "NOTSET":
+        return
+    pads, strides = _tuple(told.get("pads", (0, 0, 0, 0))), _tuple(told.get("strides", (1, 1)))
+    inputs, last = list(conv.inputs), conv
+    if (added := graph.user(conv, "Add")) is not None and (other := _other(added, conv.output)) not in graph.constants:
+        inputs, last = [*inputs, *[""] * (3 - len(inputs)), other], added
+    graph.replace(last, "Conv", inputs, pads=pads, strides=strides)
+
+
+def _attention(graph: _Graph, softmax: _Node) -> None:
+    """Product -> Softmax -> product, as scaled dot-product attention has them."""
+    if softmax.operator != "Softmax" or softmax.attributes.get("axis", (-1,)) != (-1,):
+        return
+    scores = graph.maker(softmax.inputs[0], *PRODUCTS)
+    result = graph.user(softmax, *PRODUCTS)
+    if scores is None or result is None or graph.user(scores, softmax.operator) is None:
+        return
+    if (
+        result.inputs[0] != softmax.output
+        or any(_flags(product) - {"transB"} for product in (scores, result))
+        or result.attributes.get("alpha", 1.0) != 1.0
+    ):
+        return
+    scale = scores.attributes.get("alpha", 1.0)
+    assert isinstance(scale, float)
+    graph.replace(
+        result,
+        "Attention",
+        [*scores.inputs, result.inputs[1]],
+        scale=scale,
+        keys_are_rows=(int("transB" in _flags(scores)),),
+        values_are_rows=(int("transB" not in _flags(result)),),
+    )
+
+
+def _flags(product: _Node) -> set[str]:
+    """Which of a FusedMatMul's operands are transposed."""
+    return {name for name, value in product.attributes.items() if name.startswith("trans") and value != (0,)}
+
+
+def _is_of_channels(graph: _Graph, name: str) -> bool:
+    """Whether this is (n, c, 1, 1): made of a linear layer's output, perhaps a part of it, perhaps plus one number."""
+    while (node := graph.maker(name, "Slice", "Add", "Unsqueeze")) is not None:
+        if node.operator == "Unsqueeze":
+            inner = graph.maker(node.inputs[0], "Unsqueeze")
+            ends = graph.values(node.inputs[1]) in ((3,), (-1,))
+            return (
+                ends
+                and inner is not None
+                and graph.values(inner.inputs[1]) in ((2,), (-1,))
+                and graph.maker(inner.inputs[0], "Gemm") is not None
+            )
+        if node.operator == "Slice" and graph.values(node.inputs[3]) != (1,):
+            return False
+        if node.operator == "Add" and len(graph.values(node.inputs[1])) != 1:
+            return False
+        name = node.inputs[0]
+    return False
+
+
+def _other(node: _Node, name: str) -> str:
+    """The input of a sum or product that is not this one."""
+    first, second = node.inputs
+    return second if first == name else first
+
+
+def _tuple(value: float | str | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else ()
+
+
+def _joined(parts: Sequence[tuple[int, Value]], wanted: int) -> bytes:
+    """The bytes of a field, or of all fields of this number."""
+    return b"".join(value for number, value in parts if number == wanted and not isinstance(value, int))
+
+
+def _integers(parts: Sequence[tuple[int, Value]], wanted: int) -> tuple[int, ...]:
+    """The signed integers of a repeated field, packed or not."""
+
+    def found() -> Iterator[int]:
+        for number, value in parts:
+            if number == wanted and isinstance(value, int):
+                yield value
+            elif number == wanted and not isinstance(value, int):
+                at = 0
+                while at < len(value):
+                    one, at = varint(value, at)
+                    yield one
+
+    return tuple(one - 2**64 if one >= 2**63 else one for one in found())
+
+
+def _attribute(name: str, value: float | tuple[int, ...]) -> bytes:
+    """An AttributeProto: a float, one integer, or several."""
+    head = field(1, name.encode())
+    if isinstance(value, tuple):
+        if len(value) == 1:
+            return head + field(3, value[0]) + field(20, 2)
+        return head + b"".join(field(8, one) for one in value) + field(20, 7)
+    return head + bytes([2 << 3 | 5]) + struct.pack("<f", value) + field(20, 1)

@@ -1,0 +1,1 @@
+"""Operators for ONNX Runtime on a CPU: the library that the package ships, and what builds it."""

@@ -1,0 +1,17 @@
+// Compiled for each vector unit: -DKERNELS=kernels_v3 -march=x86-64-v3 (AVX2), and v4 (AVX-512).
+#include "kernels.h"
+
+#include <string.h>
+
+namespace {
+#include "vectors.h"
+
+#include "convolution.h"
+#include "group_norm.h"
+
+#include "attention.h"
+}  // namespace
+
+extern const kernels KERNELS = {
+    lay_out, pack_weights, pack, compute, normalize, lay_out_attention, pack_head, attend,
+};

@@ -1,0 +1,67 @@
+// What operators.cpp has computed: kernels.cpp is compiled once for each vector unit.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct conv_shape {
+    int n, ci, h, w, co, out_h, out_w, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x;
+};
+
+// y = the convolution of x + bias + add
+struct conv_call {
+    conv_shape shape;
+    const float *x, *packed, *bias, *add;  // packed: the weights; bias and add may be null
+    size_t add_image, add_channel;         // floats from one picture, one channel of `add` to the next
+    bool add_is_constant;                  // one number a channel, not as many as pixels
+    float *y;
+};
+
+// y = the group norm of x, times then_scale, plus then_shift; then SiLU
+struct norm_call {
+    const float *x, *scale, *shift, *then_scale, *then_shift;  // then_scale and then_shift may be null
+    size_t scale_image, scale_channel, shift_image, shift_channel;  // floats between pictures and channels of then_...
+    float *y;
+    int64_t plane;
+    int channels, groups;
+    float epsilon;
+    bool silu;
+};
+
+// y (heads, queries, values) = softmax(scale · q kᵀ) v
+struct attention_call {
+    const float *q, *k, *v;               // q: (heads, queries, depth)
+    bool keys_are_rows, values_are_rows;  // (heads, keys, depth) and not (heads, depth, keys); so the values
+    float scale;
+    float *y;
+    int heads, queries, keys, depth, values;
+};
+
+struct attention_layout {
+    int blocks;                                    // of queries, of a head
+    size_t key_floats, head_floats, block_floats;  // packed keys; with the values; what a block needs while it is made
+};
+
+// How a convolution is computed, and how its columns (tiles, or pixels of the output) are laid into blocks.
+struct layout {
+    bool winograd, at_once;         // at_once: all inputs are packed before the first product
+    int run, tiles_x, tiles_y;      // tiles side by side in a vector; of a picture, tiles_x a multiple of run
+    int64_t columns;                // of the whole batch
+    int vectors, width;             // of a block; width in columns
+    int all_blocks, blocks, units;  // blocks of the batch, of a unit of work; units
+    int groups, panels, depth;      // of output channels; matrices; their inner dimension
+    size_t panel_floats, block_floats, weight_floats;  // packed: input of a block, weights of the layer
+};
+
+struct kernels {
+    layout (*lay_out)(const conv_shape &, int threads);
+    void (*pack_weights)(const conv_shape &, bool winograd, const float *weights, int group, float *packed);
+    void (*pack)(const conv_call &, const layout &, int block, int count, int from, int to, float *input);
+    void (*compute)(const conv_call &, const layout &, int block, int group, const float *input);
+    void (*normalize)(const norm_call &, int64_t unit);  // one group of one picture
+    attention_layout (*lay_out_attention)(const attention_call &);
+    void (*pack_head)(const attention_call &, const attention_layout &, int head, float *packed);
+    void (*attend)(const attention_call &, const attention_layout &, int head, int block, const float *packed, float *own);
+};
+
+extern const kernels kernels_v3, kernels_v4;

@@ -1,0 +1,474 @@
+// Operators for ONNX Runtime's CPU provider, of domain "sdedit", for float32:
+//
+//   Conv(x, weights, bias?, add?)                          attributes pads, strides; weights are constant
+//   GroupNorm(x, scale, shift, then_scale?, then_shift?)   attributes groups, epsilon, silu
+//   Attention(q, k, v)                                     attributes scale, keys_are_rows, values_are_rows
+//
+// As onnxruntime_c_api.h wants it: RegisterCustomOps is what a session is given. They are for graphs that this engine
+// has rewritten; what a graph cannot ask for is an error, not a crash.
+#include <atomic>
+#include <onnxruntime_c_api.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+
+#include "kernels.h"
+
+#define TRY(call)                                          \
+    do {                                                   \
+        if (OrtStatus *failure = (call)) return failure;   \
+    } while (0)
+
+namespace {
+
+constexpr uint32_t API = 20;  // ONNX Runtime 1.20
+constexpr int MOST_UNIT = 4;  // x86-64-v4
+
+const OrtApi *api;
+const kernels *best;
+int threads;  // as many as there are cores for this process
+
+OrtStatus *refuse(const char *text) { return api->CreateStatus(ORT_INVALID_GRAPH, text); }
+OrtStatus *no_memory() { return api->CreateStatus(ORT_FAIL, "out of memory"); }
+
+// Calls work(unit, worker) for every unit, in the threads of the session. Workers are fewer than `threads`.
+template <class Work>
+OrtStatus *share(const OrtKernelContext *context, size_t units, Work work) {
+    struct {
+        Work &work;
+        std::atomic<size_t> next;
+        size_t units;
+    } shared = {work, {0}, units};
+    const auto run = [](void *data, size_t worker) {
+        auto &all = *static_cast<decltype(shared) *>(data);
+        for (size_t unit; (unit = all.next.fetch_add(1)) < all.units;) all.work(unit, worker);
+    };
+    return api->KernelContext_ParallelFor(context, run, units < (size_t)threads ? units : threads, 0, &shared);
+}
+
+struct tensor {
+    const float *data;  // null where an optional input is left out
+    size_t rank;
+    int64_t dims[4];
+};
+
+OrtStatus *read(const OrtValue *value, tensor &out) {
+    OrtTensorTypeAndShapeInfo *info;
+    TRY(api->GetTensorTypeAndShape(value, &info));
+    OrtStatus *status = api->GetDimensionsCount(info, &out.rank);
+    if (!status && out.rank > 4) status = refuse("more than four dimensions");
+    if (!status) status = api->GetDimensions(info, out.dims, out.rank);
+    api->ReleaseTensorTypeAndShapeInfo(info);
+    if (status) return status;
+    void *data;
+    TRY(api->GetTensorMutableData(const_cast<OrtValue *>(value), &data));
+    out.data = static_cast<const float *>(data);
+    return nullptr;
+}
+
+OrtStatus *read_input(const OrtKernelContext *context, size_t index, tensor &out) {
+    out = {};
+    size_t count;
+    TRY(api->KernelContext_GetInputCount(context, &count));
+    const OrtValue *value = nullptr;
+    if (index < count) TRY(api->KernelContext_GetInput(context, index, &value));
+    return value ? read(value, out) : nullptr;
+}
+
+OrtStatus *make_output(OrtKernelContext *context, const int64_t *dims, size_t rank, float *&out) {
+    OrtValue *value;
+    void *data;
+    TRY(api->KernelContext_GetOutput(context, 0, dims, rank, &value));
+    TRY(api->GetTensorMutableData(value, &data));
+    out = static_cast<float *>(data);
+    return nullptr;
+}
+
+// With ones before its dimensions, so that there are four.
+tensor aligned(const tensor &t) {
+    tensor out = {t.data, 4, {1, 1, 1, 1}};
+    for (size_t k = 0; k < t.rank; ++k) out.dims[4 - t.rank + k] = t.dims[k];
+    return out;
+}
+
+// Floats from one picture and one channel to the next of a tensor that repeats along dimensions of one.
+void steps(const tensor &t, size_t &image, size_t &channel) {
+    const size_t plane = t.dims[2] * t.dims[3];
+    image = t.dims[0] == 1 ? 0 : t.dims[1] * plane;
+    channel = t.dims[1] == 1 ? 0 : plane;
+}
+
+// The session's memory, for as long as a kernel runs.
+struct scratch {
+    OrtAllocator *allocator = nullptr;
+    float *data = nullptr;
+
+    OrtStatus *take(const OrtKernelContext *context, size_t floats) {
+        OrtMemoryInfo *info;
+        TRY(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &info));
+        OrtStatus *status = api->KernelContext_GetAllocator(context, info, &allocator);
+        api->ReleaseMemoryInfo(info);
+        if (status) return status;
+        data = static_cast<float *>(allocator->Alloc(allocator, floats * sizeof(float)));
+        return data ? nullptr : no_memory();
+    }
+    ~scratch() {
+        if (data) allocator->Free(allocator, data);
+        if (allocator) api->ReleaseAllocator(allocator);
+    }
+};
+
+template <class Kernel>
+OrtStatus *keep(const Kernel &made, void **out) {
+    *out = malloc(sizeof(Kernel));
+    if (!*out) return no_memory();
+    *static_cast<Kernel *>(*out) = made;
+    return nullptr;
+}
+
+// --- Conv --------------------------------------------------------------------------------------------------------
+
+struct conv_kernel {
+    int64_t strides[2], pads[4];
+    tensor weights;
+    pthread_mutex_t mutex;
+    float *packed[2];  // of the definition, of Winograd's algorithm; null until it is used
+};
+
+OrtStatus *ORT_API_CALL make_conv(const OrtCustomOp *, const OrtApi *, const OrtKernelInfo *info, void **out) {
+    conv_kernel made = {};
+    size_t two = 2, four = 4;
+    TRY(api->KernelInfoGetAttributeArray_int64(info, "strides", made.strides, &two));
+    TRY(api->KernelInfoGetAttributeArray_int64(info, "pads", made.pads, &four));
+    int constant = 0;
+    const OrtValue *weights = nullptr;
+    TRY(api->KernelInfoGetConstantInput_tensor(info, 1, &constant, &weights));
+    if (!constant) return refuse("Conv: its weights are not constant");
+    TRY(read(weights, made.weights));
+    if (made.weights.rank != 4) return refuse("Conv: its weights are not of four dimensions");
+    pthread_mutex_init(&made.mutex, nullptr);
+    return keep(made, out);
+}
+
+void ORT_API_CALL drop_conv(void *data) {
+    auto *kernel = static_cast<conv_kernel *>(data);
+    for (float *packed : kernel->packed) free(packed);
+    pthread_mutex_destroy(&kernel->mutex);
+    free(kernel);
+}
+
+OrtStatus *packed_weights(conv_kernel *kernel, const OrtKernelContext *context, const conv_shape &shape,
+                          const layout &l, const float *&packed) {
+    OrtStatus *status = nullptr;
+    pthread_mutex_lock(&kernel->mutex);
+    float *&kept = kernel->packed[l.winograd];
+    if (!kept) {
+        void *memory = nullptr;
+        if (posix_memalign(&memory, 64, l.weight_floats * sizeof(float)) != 0) {
+            status = no_memory();
+        } else {
+            auto *made = static_cast<float *>(memory);
+            status = share(context, l.groups, [&](size_t group, size_t) {
+                best->pack_weights(shape, l.winograd, kernel->weights.data, (int)group, made);
+            });
+            if (status) free(memory);
+            else kept = made;
+        }
+    }
+    packed = kept;
+    pthread_mutex_unlock(&kernel->mutex);
+    return status;
+}
+
+// A unit packs its own inputs: of large pictures.
+OrtStatus *convolve_units(const OrtKernelContext *context, const conv_call &call, const layout &l) {
+    const size_t floats = l.blocks * l.block_floats;
+    scratch input;
+    TRY(input.take(context, floats * (l.units < threads ? l.units : threads)));
+    return share(context, l.units, [&](size_t unit, size_t worker) {
+        const int first = (int)unit * l.blocks;
+        const int count = l.all_blocks - first < l.blocks ? l.all_blocks - first : l.blocks;
+        float *own = input.data + worker * floats;
+        best->pack(call, l, first, count, 0, call.shape.ci, own);
+        for (int group = 0; group < l.groups; ++group) {
+            for (int k = 0; k < count; ++k) best->compute(call, l, first + k, group, own + k * l.block_floats);
+        }
+    });
+}
+
+// All inputs are packed, then come all products: of small pictures.
+OrtStatus *convolve_at_once(const OrtKernelContext *context, const conv_call &call, const layout &l) {
+    scratch input;
+    TRY(input.take(context, l.all_blocks * l.block_floats));
+    const int channels = call.shape.ci, pieces = channels < 2 * threads ? 1 : 2 * threads;
+    TRY(share(context, (size_t)l.all_blocks * pieces, [&](size_t unit, size_t) {
+        const int64_t block = unit / pieces, piece = unit % pieces;
+        const int from = (int)(channels * piece / pieces), to = (int)(channels * (piece + 1) / pieces);
+        best->pack(call, l, (int)block, 1, from, to, input.data + block * l.block_floats);
+    }));
+    return share(context, (size_t)l.all_blocks * l.groups, [&](size_t unit, size_t) {
+        const int64_t block = unit % l.all_blocks, group = unit / l.all_blocks;
+        best->compute(call, l, (int)block, (int)group, input.data + block * l.block_floats);
+    });
+}
+
+OrtStatus *convolve(conv_kernel *kernel, const OrtKernelContext *context, conv_call &call) {
+    conv_shape &s = call.shape;
+    if (s.kernel_h == 1 && s.kernel_w == 1 && s.h == s.out_h && s.w == s.out_w) {
+        s.w = s.out_w = s.w * s.h;  // pixels without neighbours: one line of them
+        s.h = s.out_h = 1;
+    }
+    const layout l = best->lay_out(s, threads);
+    TRY(packed_weights(kernel, context, s, l, call.packed));
+    return l.at_once ? convolve_at_once(context, call, l) : convolve_units(context, call, l);
+}
+
+// y (dims) = a + b, both repeated along their dimensions of one.
+void add_repeated(const tensor &a, const tensor &b, const int64_t *dims, float *y) {
+    size_t step[2][4];
+    const tensor *both[] = {&a, &b};
+    for (int t = 0; t < 2; ++t) {
+        size_t size = 1;
+        for (int k = 3; k >= 0; size *= both[t]->dims[k--]) step[t][k] = both[t]->dims[k] == 1 ? 0 : size;
+    }
+    for (int64_t n = 0; n < dims[0]; ++n) {
+        for (int64_t c = 0; c < dims[1]; ++c) {
+            for (int64_t h = 0; h < dims[2]; ++h) {
+                for (int64_t w = 0; w < dims[3]; ++w) {
+                    *y++ = a.data[n * step[0][0] + c * step[0][1] + h * step[0][2] + w * step[0][3]] +
+                           b.data[n * step[1][0] + c * step[1][1] + h * step[1][2] + w * step[1][3]];
+                }
+            }
+        }
+    }
+}
+
+OrtStatus *ORT_API_CALL run_conv(void *data, OrtKernelContext *context) {
+    auto *kernel = static_cast<conv_kernel *>(data);
+    const tensor &weights = kernel->weights;
+    const int64_t *pads = kernel->pads, *strides = kernel->strides;
+    tensor x, bias, add;
+    TRY(read_input(context, 0, x));
+    TRY(read_input(context, 2, bias));
+    TRY(read_input(context, 3, add));
+    if (x.rank != 4 || x.dims[1] != weights.dims[1]) return refuse("Conv: x is not (n, ci, h, w)");
+    if (bias.data && (bias.rank != 1 || bias.dims[0] != weights.dims[0])) return refuse("Conv: bias is not (co)");
+    tensor own = {nullptr, 4, {x.dims[0], weights.dims[0]}};  // the convolution alone
+    for (int k = 0; k < 2; ++k) {
+        own.dims[2 + k] = (x.dims[2 + k] + pads[k] + pads[2 + k] - weights.dims[2 + k]) / strides[k] + 1;
+        if (x.dims[2 + k] + pads[k] + pads[2 + k] < weights.dims[2 + k]) return refuse("Conv: x is smaller than the kernel");
+    }
+    conv_call call = {};
+    call.shape = {(int)x.dims[0],       (int)x.dims[1],       (int)x.dims[2],       (int)x.dims[3],   (int)own.dims[1],
+                  (int)own.dims[2],     (int)own.dims[3],     (int)weights.dims[2], (int)weights.dims[3],
+                  (int)strides[0],      (int)strides[1],      (int)pads[0],         (int)pads[1]};
+    call.x = x.data, call.bias = bias.data;
+    const bool empty = x.dims[0] * own.dims[2] * own.dims[3] == 0;
+    if (!add.data) {
+        TRY(make_output(context, own.dims, 4, call.y));
+        return empty ? nullptr : convolve(kernel, context, call);
+    }
+    add = aligned(add);
+    int64_t dims[4];
+    bool grows = false, fits = true;
+    for (int k = 0; k < 4; ++k) {
+        if (add.dims[k] != own.dims[k] && add.dims[k] != 1 && own.dims[k] != 1) return refuse("Conv: add does not fit");
+        dims[k] = own.dims[k] == 1 ? add.dims[k] : own.dims[k];
+        grows |= dims[k] != own.dims[k];
+        fits &= add.dims[k] == own.dims[k];
+    }
+    float *y;
+    TRY(make_output(context, dims, 4, y));
+    if (empty || dims[0] == 0) return nullptr;
+    if (!grows && (fits || add.dims[2] * add.dims[3] == 1)) {
+        call.y = y, call.add = add.data, call.add_is_constant = !fits;
+        steps(add, call.add_image, call.add_channel);
+        return convolve(kernel, context, call);
+    }
+    scratch alone;  // a sum of other shapes
+    TRY(alone.take(context, own.dims[0] * own.dims[1] * own.dims[2] * own.dims[3]));
+    call.y = alone.data;
+    own.data = alone.data;
+    TRY(convolve(kernel, context, call));
+    add_repeated(own, add, dims, y);
+    return nullptr;
+}
+
+// --- GroupNorm ---------------------------------------------------------------------------------------------------
+
+struct norm_kernel {
+    int64_t groups, silu;
+    float epsilon;
+};
+
+OrtStatus *ORT_API_CALL make_norm(const OrtCustomOp *, const OrtApi *, const OrtKernelInfo *info, void **out) {
+    norm_kernel made = {};
+    TRY(api->KernelInfoGetAttribute_int64(info, "groups", &made.groups));
+    TRY(api->KernelInfoGetAttribute_int64(info, "silu", &made.silu));
+    TRY(api->KernelInfoGetAttribute_float(info, "epsilon", &made.epsilon));
+    if (made.groups < 1) return refuse("GroupNorm: no groups");
+    return keep(made, out);
+}
+
+// (c, 1 ...), as many dimensions as x has without its first.
+bool is_of_channels(const tensor &t, const tensor &x) {
+    if (t.rank + 1 != x.rank || t.dims[0] != x.dims[1]) return false;
+    for (size_t k = 1; k < t.rank; ++k) {
+        if (t.dims[k] != 1) return false;
+    }
+    return true;
+}
+
+// (n or 1, c or 1, 1, 1)
+bool is_of_pictures(const tensor &t, const tensor &x) {
+    return x.rank == 4 && t.rank == 4 && (t.dims[0] == x.dims[0] || t.dims[0] == 1) &&
+           (t.dims[1] == x.dims[1] || t.dims[1] == 1) && t.dims[2] == 1 && t.dims[3] == 1;
+}
+
+OrtStatus *ORT_API_CALL run_norm(void *data, OrtKernelContext *context) {
+    const auto *kernel = static_cast<const norm_kernel *>(data);
+    tensor x, scale, shift, then_scale, then_shift;
+    TRY(read_input(context, 0, x));
+    TRY(read_input(context, 1, scale));
+    TRY(read_input(context, 2, shift));
+    TRY(read_input(context, 3, then_scale));
+    TRY(read_input(context, 4, then_shift));
+    if (x.rank < 3 || x.dims[1] % kernel->groups) return refuse("GroupNorm: x does not divide into the groups");
+    if (!is_of_channels(scale, x) || !is_of_channels(shift, x)) return refuse("GroupNorm: scale and shift are not (c, 1 ...)");
+    norm_call call = {};
+    if (then_scale.data) {
+        if (!then_shift.data || !is_of_pictures(then_scale, x) || !is_of_pictures(then_shift, x)) {
+            return refuse("GroupNorm: then_scale and then_shift are not (n, c, 1, 1)");
+        }
+        steps(then_scale, call.scale_image, call.scale_channel);
+        steps(then_shift, call.shift_image, call.shift_channel);
+    }
+    TRY(make_output(context, x.dims, x.rank, call.y));
+    call.x = x.data, call.scale = scale.data, call.shift = shift.data;
+    call.then_scale = then_scale.data, call.then_shift = then_shift.data;
+    call.plane = x.rank == 4 ? x.dims[2] * x.dims[3] : x.dims[2];
+    call.channels = (int)x.dims[1], call.groups = (int)kernel->groups;
+    call.epsilon = kernel->epsilon, call.silu = kernel->silu != 0;
+    if (call.plane == 0) return nullptr;
+    return share(context, x.dims[0] * kernel->groups, [&](size_t unit, size_t) { best->normalize(call, unit); });
+}
+
+// --- Attention ---------------------------------------------------------------------------------------------------
+
+struct attention_kernel {
+    int64_t keys_are_rows, values_are_rows;
+    float scale;
+};
+
+OrtStatus *ORT_API_CALL make_attention(const OrtCustomOp *, const OrtApi *, const OrtKernelInfo *info, void **out) {
+    attention_kernel made = {};
+    TRY(api->KernelInfoGetAttribute_int64(info, "keys_are_rows", &made.keys_are_rows));
+    TRY(api->KernelInfoGetAttribute_int64(info, "values_are_rows", &made.values_are_rows));
+    TRY(api->KernelInfoGetAttribute_float(info, "scale", &made.scale));
+    return keep(made, out);
+}
+
+OrtStatus *ORT_API_CALL run_attention(void *data, OrtKernelContext *context) {
+    const auto *kernel = static_cast<const attention_kernel *>(data);
+    tensor q, k, v;
+    TRY(read_input(context, 0, q));
+    TRY(read_input(context, 1, k));
+    TRY(read_input(context, 2, v));
+    if (q.rank < 2 || k.rank != q.rank || v.rank != q.rank) return refuse("Attention: q, k and v differ in dimensions");
+    const size_t last = q.rank - 1, rows = q.rank - 2;
+    const bool by_key = kernel->keys_are_rows, by_value = kernel->values_are_rows;
+    attention_call call = {};
+    call.q = q.data, call.k = k.data, call.v = v.data;
+    call.keys_are_rows = by_key, call.values_are_rows = by_value, call.scale = kernel->scale;
+    call.heads = 1, call.queries = (int)q.dims[rows], call.depth = (int)q.dims[last];
+    call.keys = (int)k.dims[by_key ? rows : last], call.values = (int)v.dims[by_value ? last : rows];
+    bool fits = k.dims[by_key ? last : rows] == q.dims[last] && v.dims[by_value ? rows : last] == call.keys;
+    for (size_t n = 0; n < rows; ++n) {
+        call.heads *= (int)q.dims[n];
+        fits &= k.dims[n] == q.dims[n] && v.dims[n] == q.dims[n];
+    }
+    if (!fits || call.keys == 0) return refuse("Attention: k and v do not fit q");
+    int64_t dims[4];
+    for (size_t n = 0; n < q.rank; ++n) dims[n] = q.dims[n];
+    dims[last] = call.values;
+    TRY(make_output(context, dims, q.rank, call.y));
+    const attention_layout l = best->lay_out_attention(call);
+    scratch memory;
+    TRY(memory.take(context, call.heads * l.head_floats + threads * l.block_floats));
+    TRY(share(context, call.heads, [&](size_t head, size_t) {
+        best->pack_head(call, l, (int)head, memory.data + head * l.head_floats);
+    }));
+    float *own = memory.data + call.heads * l.head_floats;
+    return share(context, (size_t)call.heads * l.blocks, [&](size_t unit, size_t worker) {
+        const size_t head = unit / l.blocks;
+        const float *packed = memory.data + head * l.head_floats;
+        best->attend(call, l, (int)head, (int)(unit % l.blocks), packed, own + worker * l.block_floats);
+    });
+}
+
+// --- what ONNX Runtime is told ------------------------------------------------------------------------------------
+
+template <size_t NEEDED, size_t ALL>
+OrtCustomOp describe(const char *(ORT_API_CALL *name)(const OrtCustomOp *), decltype(OrtCustomOp::CreateKernelV2) make,
+                     decltype(OrtCustomOp::KernelComputeV2) run, decltype(OrtCustomOp::KernelDestroy) drop) {
+    OrtCustomOp op = {};
+    op.version = API;
+    op.GetName = name;
+    op.GetExecutionProviderType = [](const OrtCustomOp *) -> const char * { return nullptr; };  // the CPU
+    op.GetInputTypeCount = [](const OrtCustomOp *) { return ALL; };
+    op.GetInputType = [](const OrtCustomOp *, size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; };
+    op.GetInputCharacteristic = [](const OrtCustomOp *, size_t index) {
+        return index < NEEDED ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    };
+    op.GetInputMemoryType = [](const OrtCustomOp *, size_t) { return OrtMemTypeDefault; };
+    op.GetOutputTypeCount = [](const OrtCustomOp *) -> size_t { return 1; };
+    op.GetOutputType = [](const OrtCustomOp *, size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; };
+    op.GetOutputCharacteristic = [](const OrtCustomOp *, size_t) { return INPUT_OUTPUT_REQUIRED; };
+    op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const OrtCustomOp *) { return 0; };
+    op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const OrtCustomOp *) { return 0; };
+    op.GetStartVersion = op.GetEndVersion = [](const OrtCustomOp *) { return 1; };
+    op.CreateKernelV2 = make;
+    op.KernelComputeV2 = run;
+    op.KernelDestroy = drop;
+    return op;
+}
+
+const OrtCustomOp conv = describe<2, 4>([](const OrtCustomOp *) { return "Conv"; }, make_conv, run_conv, drop_conv);
+const OrtCustomOp norm = describe<3, 5>([](const OrtCustomOp *) { return "GroupNorm"; }, make_norm, run_norm, free);
+const OrtCustomOp attention =
+    describe<3, 3>([](const OrtCustomOp *) { return "Attention"; }, make_attention, run_attention, free);
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Use the best vector unit that this processor has, up to x86-64-v<most>. Which: 4, 3, or 0 for none.
+EXPORT int sdedit_vector_unit(int most) {
+    __builtin_cpu_init();
+    const int unit = most >= MOST_UNIT && __builtin_cpu_supports("x86-64-v4")   ? 4
+                     : most >= 3 && __builtin_cpu_supports("x86-64-v3") ? 3
+                                                                                : 0;
+    best = unit == 4 ? &kernels_v4 : unit == 3 ? &kernels_v3 : nullptr;
+    return unit;
+}
+
+// For SessionOptions. The operators stay registered for as long as the process lives.
+EXPORT OrtStatus *ORT_API_CALL RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+    static OrtCustomOpDomain *domain;
+    static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+    api = base->GetApi(API);
+    if (!api) return base->GetApi(1)->CreateStatus(ORT_FAIL, "needs ONNX Runtime 1.20");
+    if (!best && !sdedit_vector_unit(MOST_UNIT)) return api->CreateStatus(ORT_FAIL, "needs a processor with AVX2");
+    OrtStatus *status = nullptr;
+    pthread_mutex_lock(&mutex);
+    if (!domain) {
+        cpu_set_t usable;
+        threads = sched_getaffinity(0, sizeof usable, &usable) == 0 ? CPU_COUNT(&usable) : 1;
+        status = api->CreateCustomOpDomain("sdedit", &domain);
+        if (!status) status = api->CustomOpDomain_Add(domain, &conv);
+        if (!status) status = api->CustomOpDomain_Add(domain, &norm);
+        if (!status) status = api->CustomOpDomain_Add(domain, &attention);
+    }
+    pthread_mutex_unlock(&mutex);
+    return status ? status : api->AddCustomOpDomain(options, domain);
+}

@@ -1,0 +1,40 @@
+"""The library of operators that the package ships for ONNX Runtime's CPU provider.
+
+It is for Linux on x86-64 with AVX2 or AVX-512, and uses the better that there is. Anywhere else, and with
+SDEDIT_OPERATORS=off, ONNX Runtime's own operators compute the same network, more slowly.
+"""
+
+import ctypes
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+
+from sdedit.errors import OptionError
+
+VARIABLE = "SDEDIT_OPERATORS"
+LIBRARY = Path(__file__).with_name("liboperators.so")
+BEST_UNIT = 4  # x86-64-v4, AVX-512
+
+
+def library() -> Path | None:
+    """What a session is to register; None where ONNX Runtime does it all itself. Raises OptionError (the variable)."""
+    wanted = os.environ.get(VARIABLE) or "on"
+    if wanted not in ("on", "off"):
+        raise OptionError(f"{VARIABLE} is {wanted!r}", hint="set it to on or off, or not at all")
+    return LIBRARY if wanted == "on" and _vector_unit() else None
+
+
+@cache
+def version() -> str:
+    """Which library this is, for records: the bytes of its results may change with it."""
+    return hashlib.sha256(LIBRARY.read_bytes()).hexdigest()[:12]
+
+
+@cache
+def _vector_unit() -> int:
+    """x86-64-v4 or v3; 0 where there is neither."""
+    try:
+        return int(ctypes.CDLL(str(LIBRARY)).sdedit_vector_unit(BEST_UNIT))
+    except OSError:  # another system or processor
+        return 0

@@ -1,0 +1,738 @@
+"""The operators that the package brings for ONNX Runtime on a CPU: what they compute, and what they stand in for."""
+
+import ctypes
+import hashlib
+import json
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from closed_form import SDES, metadata, save
+from onnx import helper, numpy_helper
+
+import sdedit
+from sdedit import record
+from sdedit.backends import ort_cache, ort_graph
+from sdedit.backends.ort_fusion import fuse
+from sdedit.operators import ship, shipped
+
+MANIFEST = json.loads((ship.FOLDER / ship.MANIFEST).read_text("utf-8"))
+UNITS = {"avx2": 3, "avx512": 4}
+RANDOM = np.random.default_rng(7)
+
+needs_library = pytest.mark.skipif(not shipped._vector_unit(), reason="the operators are for Linux on x86-64 with AVX2")
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def floats(*shape: int) -> np.ndarray:
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def session(model: onnx.ModelProto | bytes, threads: int = 2, optimised: bool = True) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    ort_graph.know_operators(options)
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def model_of(nodes, constants, inputs, output="y", rank=4) -> onnx.ModelProto:
+    """Inputs are arrays; every one may have any shape of as many dimensions."""
+    value = [helper.make_tensor_value_info(name, 1, [None] * array.ndim) for name, array in inputs.items()]
+    out = [helper.make_tensor_value_info(output, 1, [None] * rank)]
+    held = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "graph", value, out, held)
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("sdedit", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+@pytest.fixture(params=UNITS)
+def unit(request):
+    """The tests that use it run on each vector unit of this processor."""
+    library = ctypes.CDLL(str(shipped.LIBRARY))
+    if library.sdedit_vector_unit(UNITS[request.param]) != UNITS[request.param]:
+        library.sdedit_vector_unit(shipped.BEST_UNIT)
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    library.sdedit_vector_unit(shipped.BEST_UNIT)
+
+
+# --- the library -------------------------------------------------------------------------------------------------
+
+
+def test_it_was_made_from_these_sources():
+    assert MANIFEST["source_sha256"] == ship.source_sha256(), "python -m sdedit.operators.ship"
+    assert MANIFEST["library_sha256"] == hashlib.sha256(shipped.LIBRARY.read_bytes()).hexdigest()
+    assert MANIFEST["flags"] == [*ship.FLAGS, *ship.LINK]
+
+
+def test_it_is_small():
+    assert shipped.LIBRARY.stat().st_size < 100_000
+
+
+@needs_library
+def test_it_wants_no_library_but_the_c_library_of_2011():
+    tool = shutil.which("readelf")
+    if tool is None:
+        pytest.skip("needs readelf")
+    command = [tool, "--wide", "--dynamic", "--dyn-syms", shipped.LIBRARY]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert [line.split()[-1] for line in told.splitlines() if "NEEDED" in line] == ["[libc.so.6]"]
+    versions = {part.split("@GLIBC_")[1].rstrip(")") for part in told.split() if "@GLIBC_" in part}
+    assert versions
+    assert all(tuple(map(int, version.split("."))) <= (2, 14) for version in versions)
+
+
+@needs_library
+def test_shipping_makes_a_library_that_computes_the_same_bits(tmp_path, monkeypatch):
+    include = ship.headers()
+    if include is None or shutil.which("g++") is None:
+        pytest.skip("needs g++ and ONNX Runtime's headers")
+    manifest = ship.ship(tmp_path, include)
+    assert manifest == json.loads((tmp_path / ship.MANIFEST).read_text("utf-8"))
+    assert manifest["source_sha256"] == MANIFEST["source_sha256"]
+    x, weights = floats(1, 16, 24, 24), floats(20, 16, 3, 3)
+    made = convolved(x, weights)
+    monkeypatch.setattr(shipped, "LIBRARY", tmp_path / shipped.LIBRARY.name)
+    if manifest["compiler"] == MANIFEST["compiler"]:
+        assert np.array_equal(convolved(x, weights), made)
+    assert np.allclose(convolved(x, weights), made, atol=1e-5)
+
+
+# --- Conv --------------------------------------------------------------------------------------------------------
+
+
+def convolved(x, weights, bias=None, add=None, pads=(1, 1, 1, 1), strides=(1, 1), threads=2):
+    constants = {"w": weights} | ({} if bias is None else {"b": bias})
+    inputs = {"x": x} | ({} if add is None else {"add": add})
+    names = ["x", "w", "" if bias is None else "b", "" if add is None else "add"]
+    node = helper.make_node("Conv", names, ["y"], domain="sdedit", pads=pads, strides=strides)
+    return session(model_of([node], constants, inputs), threads).run(None, inputs)[0]
+
+
+def expected(x, weights, bias=None, add=None, pads=(1, 1, 1, 1), strides=(1, 1)):
+    """The definition, in float64."""
+    top, left, bottom, right = pads
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (top, bottom), (left, right)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, weights.shape[2:], axis=(2, 3))
+    windows = windows[:, :, :: strides[0], :: strides[1]]
+    y = np.einsum("nchwij,ocij->nohw", windows, weights.astype(np.float64))
+    y = y if bias is None else y + bias[:, None, None]
+    return y if add is None else y + add
+
+
+def assert_close(ours, exact, terms: int) -> None:
+    """terms: how many products of numbers near one are summed."""
+    assert ours.shape == exact.shape
+    assert ours.dtype == np.float32
+    assert np.abs(ours - exact).max() <= 1e-5 * np.sqrt(terms)
+
+
+SHAPES = [  # n, ci, co, h, w
+    (1, 16, 16, 64, 64),  # a vector of tiles is a part of a line
+    (1, 8, 12, 16, 256),
+    (1, 64, 70, 32, 32),  # and several lines
+    (2, 17, 5, 16, 16),
+    (1, 32, 3, 61, 47),  # sides that are no multiples of a tile
+    (1, 9, 13, 33, 130),
+    (3, 8, 24, 20, 4),
+    (1, 40, 30, 7, 100),
+    (1, 128, 64, 8, 8),  # few tiles
+    (5, 24, 12, 8, 8),
+    (1, 3, 20, 40, 40),  # few channels
+    (1, 1, 1, 3, 3),
+    (1, 12, 6, 1, 1),
+    (2, 10, 10, 1, 50),
+]
+
+
+@needs_library
+@pytest.mark.parametrize(("n", "ci", "co", "h", "w"), SHAPES)
+def test_a_convolution_is_that_of_the_definition(unit, n, ci, co, h, w):
+    x, weights, bias = floats(n, ci, h, w), floats(co, ci, 3, 3), floats(co)
+    assert_close(convolved(x, weights, bias), expected(x, weights, bias), 9 * ci)
+
+
+@needs_library
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 5), (1, 3), (4, 2)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize("pads", [(0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 1, 1), (2, 1, 0, 3)])
+def test_every_kernel_stride_and_padding_is_that_of_the_definition(unit, kernel, strides, pads):
+    x, weights = floats(2, 10, 21, 38), floats(14, 10, *kernel)
+    ours = convolved(x, weights, pads=pads, strides=strides)
+    assert_close(ours, expected(x, weights, pads=pads, strides=strides), 10 * kernel[0] * kernel[1])
+
+
+ADDED = [  # the shape of what is added to (2, 14, 24, 20)
+    (2, 14, 24, 20), (2, 14, 1, 1), (1, 14, 1, 1), (2, 1, 1, 1), (1, 1, 1, 1), (14, 1, 1), (), (20,),
+    (1, 14, 24, 20), (2, 1, 24, 20), (24, 1),
+]  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("shape", ADDED)
+def test_what_is_added_is_repeated_as_onnx_says(unit, shape):
+    x, weights, bias, add = floats(2, 9, 24, 20), floats(14, 9, 3, 3), floats(14), floats(*shape)
+    assert_close(convolved(x, weights, bias, add), expected(x, weights, bias, add), 81)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(4, 14, 1, 1), (1, 14, 30, 50), (3, 14, 5, 6)])
+def test_a_convolution_is_repeated_too_where_what_is_added_is_larger(unit, shape):
+    x, weights, add = floats(1, 9, 1, 1), floats(14, 9, 1, 1), floats(*shape)
+    nothing = (0, 0, 0, 0)
+    assert_close(convolved(x, weights, None, add, nothing), expected(x, weights, None, add, nothing), 9)
+
+
+@needs_library
+def test_no_pictures_make_no_pictures(unit):
+    assert convolved(floats(0, 9, 8, 8), floats(4, 9, 3, 3)).shape == (0, 4, 8, 8)
+
+
+@needs_library
+def test_a_picture_has_the_same_bits_alone_in_a_batch_and_by_any_number_of_threads(unit):
+    x, weights = floats(5, 24, 36, 28), floats(31, 24, 3, 3)
+    batch = convolved(x, weights)
+    for number in range(5):
+        assert np.array_equal(convolved(x[number : number + 1], weights)[0], batch[number])
+    assert np.array_equal(convolved(x, weights, threads=1), batch)
+    assert np.array_equal(convolved(x, weights, threads=5), batch)
+
+
+@needs_library
+def test_nan_and_inf_stay_where_they_were_made():
+    x = floats(1, 16, 64, 64)
+    x[0, 3, 10, 10] = np.nan
+    y = convolved(x, floats(8, 16, 3, 3))
+    assert np.isnan(y[:, :, 9:12, 9:12]).all()
+    assert np.isfinite(y[:, :, 20:, 20:]).all()
+
+
+@needs_library
+def test_one_session_is_used_by_many_threads_with_pictures_of_many_sizes():
+    weights = floats(16, 16, 3, 3)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], domain="sdedit", pads=[1, 1, 1, 1], strides=[1, 1])
+    ran = session(model_of([node], {"w": weights}, {"x": floats(1, 1, 1, 1)}))
+    pictures = [floats(1 + k % 3, 16, 4 + 9 * k, 60 - 5 * k) for k in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        made = list(pool.map(lambda x: ran.run(None, {"x": x})[0], pictures * 3))
+    for x, y in zip(pictures * 3, made, strict=True):
+        assert_close(y, expected(x, weights), 144)
+
+
+REFUSED = {
+    "x has 7 channels": {"x": floats(1, 7, 8, 8)},
+    "x has three dimensions": {"x": floats(9, 8, 8)},
+    "x is smaller than the kernel": {"x": floats(1, 9, 1, 1), "pads": (0, 0, 0, 0)},
+    "the bias is too short": {"bias": floats(3)},
+    "what is added does not fit": {"add": floats(1, 14, 5, 8)},
+    "what is added has five dimensions": {"add": floats(1, 1, 14, 8, 8)},
+}
+
+
+@needs_library
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_what_does_not_fit_is_an_error_and_no_crash(wrong):
+    given = {"x": floats(1, 9, 8, 8), "weights": floats(14, 9, 3, 3)} | REFUSED[wrong]
+    with pytest.raises(Exception, match=r"Conv: |four dimensions"):
+        convolved(**given)
+
+
+# --- GroupNorm ---------------------------------------------------------------------------------------------------
+
+
+def normalised(x, scale, shift, groups, epsilon=1e-5, silu=0, then=()):
+    inputs = {"x": x} | dict(zip(("then_scale", "then_shift"), then, strict=False))
+    told = {"groups": groups, "epsilon": epsilon, "silu": silu}
+    node = helper.make_node("GroupNorm", ["x", "scale", "shift", *list(inputs)[1:]], ["y"], domain="sdedit", **told)
+    return session(model_of([node], {"scale": scale, "shift": shift}, inputs, rank=x.ndim)).run(None, inputs)[0]
+
+
+def expected_norm(x, scale, shift, groups, epsilon=1e-5, silu=0, then=()):
+    flat = x.astype(np.float64).reshape(len(x), groups, -1)
+    y = (flat - flat.mean(2, keepdims=True)) / np.sqrt(flat.var(2, keepdims=True) + epsilon)
+    y = y.reshape(x.shape) * scale + shift
+    y = y * then[0] + then[1] if then else y
+    return y / (1 + np.exp(-y)) if silu else y
+
+
+@needs_library
+@pytest.mark.parametrize("silu", [0, 1])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((1, 64, 64, 64), 32), ((2, 12, 5, 7), 3), ((1, 6, 1, 1), 6), ((3, 8, 33), 2), ((1, 4, 1, 9), 1)],
+)
+def test_a_group_norm_is_that_of_the_definition(unit, shape, groups, silu):
+    x, channels = 3 * floats(*shape) + 5, (shape[1], *[1] * (len(shape) - 2))
+    given = x, floats(*channels), floats(*channels), groups, 1e-5, silu
+    exact = expected_norm(*given)
+    assert np.abs(normalised(*given) - exact).max() <= 4e-6 * max(1, np.abs(exact).max())
+
+
+@needs_library
+@pytest.mark.parametrize("then", [((2, 12, 1, 1),) * 2, ((1, 12, 1, 1), (2, 1, 1, 1)), ((1, 1, 1, 1),) * 2])
+def test_a_modulation_is_repeated_as_onnx_says(unit, then):
+    given = floats(2, 12, 5, 7), floats(12, 1, 1), floats(12, 1, 1), 3, 1e-5, 1, [floats(*shape) for shape in then]
+    assert np.abs(normalised(*given) - expected_norm(*given)).max() <= 1e-5
+
+
+@needs_library
+def test_a_group_without_contrast_is_its_shift(unit):
+    x = np.full((1, 4, 40, 40), 1234.5, np.float32)
+    assert np.array_equal(
+        normalised(x, floats(4, 1, 1), np.float32([[[1]], [[2]], [[3]], [[4]]]), 2)[0, :, 0, 0], [1, 2, 3, 4]
+    )
+
+
+@needs_library
+def test_a_large_mean_does_not_drown_the_contrast(unit):
+    x = floats(1, 4, 64, 64) + np.float32(1000)
+    given = x, np.ones((4, 1, 1), np.float32), np.zeros((4, 1, 1), np.float32), 2
+    assert np.abs(normalised(*given) - expected_norm(*given)).max() <= 1e-3
+
+
+@needs_library
+@pytest.mark.parametrize("value", [-1e4, -100, -88, -87, -20, -1e-3, 0, 1e-3, 20, 87, 88, 100, 1e4, np.inf])
+def test_silu_holds_over_the_whole_range(unit, value):
+    x = np.float32([1, -1] * 50).reshape(1, 1, 100)  # its own norm, but for the scale
+    ours = normalised(x, np.float32([[0]]), np.float32([[value]]), 1, 1e-12, 1)
+    with np.errstate(all="ignore"):
+        exact = value / (1 + np.exp(-np.float64(value)))
+    assert np.allclose(ours, exact, rtol=1e-6, atol=1e-33)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("x", "scale"),
+    [(floats(1, 7, 4, 4), floats(7, 1, 1)), (floats(1, 8, 4, 4), floats(8, 1)), (floats(1, 8, 4, 4), floats(4, 1, 1))],
+)
+def test_a_norm_that_does_not_fit_is_an_error_and_no_crash(x, scale):
+    with pytest.raises(Exception, match="GroupNorm: "):
+        normalised(x, scale, scale, 4)
+
+
+# --- Attention ---------------------------------------------------------------------------------------------------
+
+
+def attended(q, k, v, scale=1.0, keys_are_rows=1, values_are_rows=1):
+    told = {"scale": scale, "keys_are_rows": keys_are_rows, "values_are_rows": values_are_rows}
+    node = helper.make_node("Attention", ["q", "k", "v"], ["y"], domain="sdedit", **told)
+    inputs = {"q": q, "k": k, "v": v}
+    return session(model_of([node], {}, inputs, rank=q.ndim)).run(None, inputs)[0]
+
+
+def expected_attention(q, k, v, scale=1.0, keys_are_rows=1, values_are_rows=1):
+    q, k, v = (one.astype(np.float64) for one in (q, k, v))
+    scores = scale * q @ (np.swapaxes(k, -1, -2) if keys_are_rows else k)
+    parts = np.exp(scores - scores.max(-1, keepdims=True))
+    return parts / parts.sum(-1, keepdims=True) @ (v if values_are_rows else np.swapaxes(v, -1, -2))
+
+
+@needs_library
+@pytest.mark.parametrize("keys_are_rows", [0, 1])
+@pytest.mark.parametrize("values_are_rows", [0, 1])
+@pytest.mark.parametrize(
+    ("heads", "queries", "keys", "depth", "values"),
+    [
+        ((1, 16), 256, 256, 8, 8),
+        ((2, 3), 64, 64, 32, 32),
+        ((5,), 1, 77, 40, 13),
+        ((), 33, 5, 1, 1),
+        ((2, 1), 100, 1, 7, 30),
+    ],
+)
+def test_attention_is_that_of_the_definition(unit, heads, queries, keys, depth, values, keys_are_rows, values_are_rows):
+    q = floats(*heads, queries, depth)
+    k = floats(*heads, *((keys, depth) if keys_are_rows else (depth, keys)))
+    v = floats(*heads, *((keys, values) if values_are_rows else (values, keys)))
+    given = q, k, v, depth**-0.5, keys_are_rows, values_are_rows
+    assert np.abs(attended(*given) - expected_attention(*given)).max() <= 3e-6
+
+
+@needs_library
+def test_large_scores_are_as_exact_as_small_ones(unit):
+    q, k, v = 30 * floats(1, 40, 16), 30 * floats(1, 50, 16), floats(1, 50, 8)
+    assert np.abs(attended(q, k, v) - expected_attention(q, k, v)).max() <= 2e-3  # of scores near 4,000
+
+
+@needs_library
+def test_attention_to_what_is_no_number_is_no_number():
+    q, k, v = floats(1, 40, 16), floats(1, 50, 16), floats(1, 50, 8)
+    q[0, 3, 0] = np.nan
+    y = attended(q, k, v)
+    assert np.isnan(y[0, 3]).all()
+    assert np.isfinite(np.delete(y, 3, axis=1)).all()
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "wrong", [{"k": floats(2, 50, 15)}, {"v": floats(2, 49, 8)}, {"v": floats(1, 50, 8)}, {"k": floats(50, 16)}]
+)
+def test_attention_that_does_not_fit_is_an_error_and_no_crash(wrong):
+    with pytest.raises(Exception, match="Attention: "):
+        attended(**{"q": floats(2, 40, 16), "k": floats(2, 50, 16), "v": floats(2, 50, 8), **wrong})
+
+
+# --- what they stand in for --------------------------------------------------------------------------------------
+
+
+class Net:
+    """Nodes one after another, from "x" on: each call adds one and is the name of what it makes."""
+
+    def __init__(self, **constants: np.ndarray) -> None:
+        self.nodes, self.constants = [], constants
+
+    def __call__(self, operator: str, *inputs: str | np.ndarray, domain: str = "", **attributes) -> str:
+        names = []
+        for given in inputs:
+            if not isinstance(given, str):
+                self.constants[f"c{len(self.constants)}"] = np.asarray(given)
+                given = list(self.constants)[-1]
+            names.append(given)
+        self.nodes.append(helper.make_node(operator, names, [f"n{len(self.nodes)}"], domain=domain, **attributes))
+        return self.nodes[-1].output[0]
+
+    def conv(self, x: str, ci: int = 8, co: int = 8, **attributes) -> str:
+        told = {"pads": [1, 1, 1, 1], "strides": [1, 1]} | attributes
+        return self("Conv", x, floats(co, ci, 3, 3) / np.float32(3 * ci**0.5), floats(co), **told)
+
+    def norm(self, x: str, channels: int = 8, groups: int = 2, flat=None, ones=1, zeros=0, epsilon=1e-5) -> str:
+        grouped = self("Reshape", x, np.int64([0, groups, -1] if flat is None else flat))
+        plain = np.full(groups, ones, np.float32), np.full(groups, zeros, np.float32)
+        normal = self("InstanceNormalization", grouped, *plain, epsilon=epsilon)
+        back = self("Reshape", normal, self("Shape", x))
+        return self("Add", self("Mul", back, floats(channels, 1, 1)), floats(channels, 1, 1))
+
+    def silu(self, x: str, alpha: float = 1.0) -> str:
+        return self("QuickGelu", x, domain="com.microsoft", alpha=alpha)
+
+    def fused(self, y: str, x: np.ndarray | None = None, **inputs: np.ndarray) -> list[str]:
+        """Which operators there are after `fuse`, which changes no result."""
+        inputs = {"x": floats(2, 8, 12, 20) if x is None else x, **inputs}
+        model = model_of(self.nodes, self.constants, inputs, y)
+        written = fuse(model.SerializeToString())
+        after = onnx.load_model_from_string(written or model.SerializeToString())
+        onnx.checker.check_model(after)
+        if written is not None:
+            before, now = (session(one, optimised=False).run(None, inputs)[0] for one in (model, written))
+            assert np.abs(before - now).max() <= 2e-5 * max(1, np.abs(before).max())
+        return [node.op_type for node in after.graph.node if node.domain == "sdedit"]
+
+    def left(self, y: str, **inputs: np.ndarray) -> list[str]:
+        """Which of the others there are."""
+        model = model_of(self.nodes, self.constants, {"x": floats(2, 8, 12, 20), **inputs}, y)
+        after = onnx.load_model_from_string(fuse(model.SerializeToString()))
+        return [node.op_type for node in after.graph.node if node.domain != "sdedit"]
+
+
+@needs_library
+def test_a_residual_block_becomes_four_operators():
+    net = Net()
+    told = net("Gemm", "embedding", floats(6, 8), floats(8))
+    level = net("Unsqueeze", net("Unsqueeze", told, np.int64([2])), np.int64([3]))
+    inner = net("Add", net.conv(net.silu(net.norm("x"))), level)
+    y = net("Add", "x", net.conv(net.silu(net.norm(inner))))
+    assert net.fused(y, embedding=floats(2, 6)) == ["GroupNorm", "Conv"] * 2
+    assert net.left(y, embedding=floats(2, 6)) == ["Gemm", "Unsqueeze", "Unsqueeze"]
+
+
+@needs_library
+def test_a_modulated_norm_is_one_operator():
+    net = Net()
+    told = net("Gemm", "embedding", floats(6, 16), floats(16))
+    both = net("Unsqueeze", net("Unsqueeze", told, np.int64([2])), np.int64([3]))
+    scale = net("Add", net("Slice", both, np.int64([0]), np.int64([8]), np.int64([1])), np.float32(1))
+    shift = net("Slice", both, np.int64([8]), np.int64([16]), np.int64([1]))
+    y = net.silu(net("Add", net("Mul", net.norm("x"), scale), shift))
+    assert net.fused(y, embedding=floats(2, 6)) == ["GroupNorm"]
+
+
+@needs_library
+def test_a_modulation_by_pixels_stays():
+    net = Net()
+    y = net("Add", net("Mul", net.norm("x"), "gate"), "more")
+    assert net.fused(y, gate=floats(2, 8, 12, 20), more=floats(2, 8, 12, 20)) == ["GroupNorm"]
+    assert net.left(y, gate=floats(2, 8, 12, 20), more=floats(2, 8, 12, 20)) == ["Mul", "Add"]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"ones": 2},
+        {"zeros": 1},
+        {"flat": [2, 2, -1]},
+        {"flat": [0, 2, 8 * 120 // 2]},
+        {"groups": 4, "flat": [1, 4, -1]},
+    ],
+)
+def test_a_norm_that_is_another_stays(told):
+    net = Net()
+    y = net.norm("x", **told)
+    assert (
+        net.fused(
+            y,
+            x=floats(
+                1 if told.get("flat", [0])[0] == 1 else 2,
+                8,
+                12,
+                10 if len(told.get("flat", [])) > 2 and told["flat"][2] > 0 else 20,
+            ),
+        )
+        == []
+    )
+
+
+ATTENTIONS = {  # how ONNX Runtime's optimiser writes it
+    "two products": ({}, {}),
+    "values in columns": ({}, {"transB": 1}),
+    "keys in rows, scaled": ({"transB": 1, "alpha": 0.25}, {"transB": 0, "alpha": 1.0}),
+}
+
+
+def attention(first: dict, second: dict, **softmax) -> tuple[Net, str]:
+    """Of x with itself: each picture's rows are queries, keys and values."""
+    net = Net()
+    keys = "x" if first.get("transB") else net("Transpose", "x", perm=[0, 1, 3, 2])
+    values = net("Transpose", "x", perm=[0, 1, 3, 2]) if second.get("transB") else "x"
+
+    def product(a: str, b: str, told: dict) -> str:
+        return net("FusedMatMul", a, b, domain="com.microsoft", **told) if told else net("MatMul", a, b)
+
+    return net, product(net("Softmax", product("x", keys, first), **{"axis": -1} | softmax), values, second)
+
+
+@needs_library
+@pytest.mark.parametrize("form", ATTENTIONS)
+def test_attention_is_one_operator(form):
+    net, y = attention(*ATTENTIONS[form])
+    assert net.fused(y) == ["Attention"]
+    assert set(net.left(y)) <= {"Transpose"}
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("first", "second", "softmax"),
+    [({}, {}, {"axis": 2}), ({"transA": 1, "transB": 0}, {}, {}), ({}, {"alpha": 2.0}, {})],
+)
+def test_attention_that_is_another_stays(first, second, softmax):
+    net, y = attention(first, second, **softmax)
+    square = floats(1, 2, 12, 12)
+    assert net.fused(y, square) == []
+
+
+@needs_library
+def test_attention_with_a_mask_stays():
+    net = Net()
+    scores = net("Add", net("MatMul", "x", net("Transpose", "x", perm=[0, 1, 3, 2])), "mask")
+    assert net.fused(net("MatMul", net("Softmax", scores, axis=-1), "x"), mask=floats(12, 12)) == []
+
+
+@needs_library
+def test_what_is_used_twice_is_still_there():
+    net = Net()
+    made = net.conv("x")
+    y = net("Add", net("Add", made, "x"), net("Relu", made))
+    assert net.fused(y) == ["Conv"]
+    net = Net()
+    made = net.norm("x")
+    y = net("Add", net.silu(made), made)
+    assert net.fused(y) == ["GroupNorm"]
+    net = Net()
+    made = net.conv("x")
+    assert net.fused(net("Add", made, made)) == ["Conv"]
+
+
+@needs_library
+def test_what_the_graph_gives_back_is_still_there():
+    net = Net()
+    made = net.conv("x")
+    net("Add", made, "x")
+    assert net.fused(made) == ["Conv"]
+
+
+@needs_library
+def test_another_gelu_stays():
+    net = Net()
+    y = net.silu(net.norm("x"), alpha=1.702)
+    assert net.fused(y) == ["GroupNorm"]
+    assert net.left(y) == ["QuickGelu"]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"ci": 4, "group": 2},
+        {"dilations": [2, 2], "pads": [2, 2, 2, 2]},
+        {"auto_pad": "SAME_UPPER"},
+    ],
+)
+def test_a_convolution_that_is_another_stays(told):
+    net = Net()
+    y = net("Conv", "x", floats(8, 8, 3, 3), **told) if "auto_pad" in told else net.conv("x", **told)
+    assert net.fused(y) == []
+
+
+@needs_library
+def test_weights_that_are_computed_stay():
+    net = Net()
+    y = net("Conv", "x", net("Mul", floats(8, 8, 3, 3), np.float32(2)), pads=[1, 1, 1, 1])
+    assert net.fused(y) == []
+
+
+@needs_library
+def test_attributes_that_are_left_out_are_onnxs_defaults():
+    net = Net()
+    assert net.fused(net("Conv", "x", floats(4, 8, 3, 3))) == ["Conv"]
+
+
+@needs_library
+def test_a_graph_with_graphs_inside_is_left_alone():
+    then, other = (
+        helper.make_graph([helper.make_node(op, ["n0"], ["z"])], op, [], [helper.make_tensor_value_info("z", 1, None)])
+        for op in ("Neg", "Abs")
+    )
+    net = Net()
+    made = net.conv("x")
+    y = net(
+        "If", net("Greater", net("ReduceMean", made, keepdims=0), np.float32(0)), then_branch=then, else_branch=other
+    )
+    assert net.fused(y) == []
+
+
+# --- in an edit --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weighty(tmp_path) -> Path:
+    """An artifact of 2 MB: convolutions, a norm and SiLU. It does not look at the noise level."""
+    net = Net()
+    inner = net.norm(net.conv("x", 3, 240), 240, 8)
+    inner = net("Mul", inner, net("Sigmoid", inner))
+    inner = net.conv(inner, 240, 240)
+    net("Mul", net.conv(inner, 240, 3), np.float32(0.5))
+    net.nodes[-1].output[0] = "denoised"
+    return save(
+        tmp_path / "weighty.onnx", net.nodes, net.constants, metadata((3, 16, 24), SDES["vp"]), shape=(3, 16, 24)
+    )
+
+
+GUIDE = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+
+
+def edited(model: Path, **options) -> np.ndarray:
+    return sdedit.load(model, backend="ort-cpu", threads=2).edit(GUIDE, steps=3, seed=1, **options).x
+
+
+@needs_library
+def test_an_edit_with_the_operators_is_the_edit_without_them(weighty, monkeypatch):
+    ours = edited(weighty)
+    monkeypatch.setenv("SDEDIT_OPERATORS", "off")
+    theirs = edited(weighty)
+    assert not np.array_equal(ours, theirs)  # or they were not used
+    assert np.abs(ours - theirs).max() <= 1e-5
+
+
+@needs_library
+def test_the_bundled_model_uses_them(monkeypatch):
+    assert sdedit.load(backend="ort-cpu").backend.versions["operators"] == shipped.version()
+    monkeypatch.setenv("SDEDIT_OPERATORS", "off")
+    assert "operators" not in sdedit.load(backend="ort-cpu").backend.versions
+
+
+@needs_library
+def test_a_record_says_which_operators_they_were(weighty):
+    editor = sdedit.load(weighty, backend="ort-cpu")
+    assert record.make(editor, editor.edit(GUIDE, steps=1), 0)["versions"]["operators"] == shipped.version()
+
+
+@needs_library
+@pytest.mark.parametrize("cached", ["off", "on", "in a file's place"])
+def test_the_bits_are_the_same_with_the_graph_cache_without_it_and_where_it_cannot_be(
+    cached, weighty, tmp_path, monkeypatch
+):
+    wanted = edited(weighty)
+    monkeypatch.setenv("SDEDIT_GRAPH_CACHE", "off" if cached == "off" else "on")
+    monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / "cache"))
+    if cached == "in a file's place":
+        (tmp_path / "cache").write_text("")
+    assert np.array_equal(edited(weighty), wanted)
+    assert np.array_equal(edited(weighty), wanted)
+
+
+@needs_library
+def test_every_picture_of_a_batch_has_the_bits_that_it_has_alone(weighty):
+    editor = sdedit.load(weighty, backend="ort-cpu", threads=2)
+    batch = editor.edit(GUIDE, steps=2, seed=3, samples=3, batch=3).x
+    for number in range(3):
+        assert np.array_equal(editor.edit(GUIDE, steps=2, seed=3 + number).x[0], batch[number])
+
+
+@needs_library
+def test_a_graph_that_gives_another_picture_is_not_used(weighty, monkeypatch):
+    monkeypatch.setenv("SDEDIT_OPERATORS", "off")
+    wanted = edited(weighty)
+    monkeypatch.setenv("SDEDIT_OPERATORS", "on")
+
+    def wrong(model: bytes) -> bytes:
+        graph = onnx.load_model_from_string(fuse(model))
+        norm = next(node for node in graph.graph.node if node.op_type == "GroupNorm")
+        next(one for one in norm.attribute if one.name == "epsilon").f = 0.5
+        return graph.SerializeToString()
+
+    monkeypatch.setattr(ort_graph, "fuse", wrong)
+    editor = sdedit.load(weighty, backend="ort-cpu", threads=2)
+    assert "operators" not in editor.backend.versions
+    assert np.array_equal(editor.edit(GUIDE, steps=3, seed=1).x, wanted)
+
+
+@needs_library
+def test_a_graph_that_the_operators_do_not_take_is_not_used(weighty, monkeypatch):
+    def wrong(model: bytes) -> bytes:
+        graph = onnx.load_model_from_string(fuse(model))
+        next(node for node in graph.graph.node if node.op_type == "GroupNorm").op_type = "Other"
+        return graph.SerializeToString()
+
+    monkeypatch.setattr(ort_graph, "fuse", wrong)
+    assert "operators" not in sdedit.load(weighty, backend="ort-cpu").backend.versions
+
+
+@needs_library
+def test_an_entry_of_the_graph_cache_belongs_to_one_library_of_operators(weighty, tmp_path, monkeypatch):
+    monkeypatch.setenv("SDEDIT_GRAPH_CACHE", "on")
+    monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / "cache"))
+    for change in ({}, {"SDEDIT_OPERATORS": "off"}, {"SDEDIT_OPERATORS": "on"}):
+        for name, value in change.items():
+            monkeypatch.setenv(name, value)
+        edited(weighty)
+    assert len(list((tmp_path / "cache" / "graphs").iterdir())) == 2
+    monkeypatch.setattr(shipped, "version", lambda: "another")
+    edited(weighty)
+    assert len(list((tmp_path / "cache" / "graphs").iterdir())) == 3
+
+
+def test_another_value_of_the_variable_is_an_error(weighty, monkeypatch):
+    monkeypatch.setenv("SDEDIT_OPERATORS", "yes")
+    with pytest.raises(sdedit.OptionError, match=r"SDEDIT_OPERATORS is 'yes'"):
+        sdedit.load(weighty, backend="ort-cpu")
+
+
+def test_where_the_library_does_not_load_onnx_runtime_does_it_all(weighty, tmp_path, monkeypatch):
+    (tmp_path / "other.so").write_bytes(b"of another system")
+    monkeypatch.setattr(shipped, "LIBRARY", tmp_path / "other.so")
+    monkeypatch.setattr(shipped, "_vector_unit", shipped._vector_unit.__wrapped__)
+    assert "operators" not in sdedit.load(weighty, backend="ort-cpu").backend.versions
+
+
+def test_a_small_network_is_left_to_onnx_runtime(weighty, monkeypatch):
+    monkeypatch.setattr(ort_cache, "LEAST_BYTES", 2**23)
+    assert "operators" not in sdedit.load(weighty, backend="ort-cpu").backend.versions
