@@ -41,6 +41,7 @@ from sdedit.cache_folder import cache_folder
 from sdedit.companions import companions
 from sdedit.errors import BackendUnavailable, OptionError, SdeditError
 from sdedit.loop import Array, Denoiser
+from sdedit.operators import shipped
 
 log = logging.getLogger(__name__)
 
@@ -250,6 +251,7 @@ def _identity(models: Sequence[Artifact], backend: str, precision: str | None, t
         "cpu": [sys.platform, platform.machine(), *cpu.identity()],
         "gpu": _gpu(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "operators": shipped.version() if shipped.library() else None,
         "tolerances": verify.TOLERANCES,
     }
 

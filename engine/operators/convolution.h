@@ -10,7 +10,7 @@ constexpr int TILE = 4, WINDOW = 6, PANELS = WINDOW * WINDOW;
 constexpr int LEAST_CHANNELS = 8;           // with fewer, the transforms cost more than they spare
 constexpr int64_t CACHE_FLOATS = 256 << 10;  // of the second cache, for packed inputs
 constexpr int AHEAD = 48;                    // rows of weights that are fetched before they are needed
-constexpr size_t SMALL_FLOATS = 1 << 20;     // weights that are not worth sparing
+constexpr size_t SMALL_FLOATS = 2 << 20;     // weights that are not worth sparing
 
 // The points of the interpolation are 0, +-NEAR, +-FAR and infinity: they round less than 0, 1 and 2.
 constexpr double NEAR = 0.70710678118654752440, FAR = 1.41421356237309504880;
