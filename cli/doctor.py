@@ -2,7 +2,7 @@
 
 import argparse
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sdedit.cli.arguments import add_json
@@ -47,6 +47,7 @@ def show(findings: dict[str, Any]) -> None:
         if not backend["works"]:
             print(f"  {'':<16}fix: {backend['fix']}")
     print(f"\nnoise\n  {findings['noise']}")
+    print(f"\noperators of ort-cpu\n  {findings['operators']}")
     cuda, plans = findings["cuda"], findings["plan_cache"]
     print("\ncuda")
     if cuda["works"]:
@@ -68,6 +69,8 @@ def examine() -> dict[str, Any]:
     import sdedit
     from sdedit.backends import BACKENDS
     from sdedit.backends.ort import usable_cores
+    from sdedit.capi.shipped import noise_maker
+    from sdedit.operators.shipped import vector_unit
     from sdedit.tensorrt import cache
 
     packages = {name: _version(name) for name in PACKAGES}
@@ -78,7 +81,8 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "cores": usable_cores(),
         "packages": packages,
-        "noise": try_noise(),
+        "noise": told(noise_maker),
+        "operators": told(vector_unit),
         "cuda": try_cuda(),
         "backends": [try_backend(name) for name in BACKENDS],
         "plan_cache": {
@@ -122,13 +126,12 @@ def misfits(packages: Mapping[str, str | None]) -> list[str]:
     return found
 
 
-def try_noise() -> str:
-    """What makes the noise on this host, or why SDEDIT_NOISE does not do."""
-    from sdedit.capi.shipped import noise_maker
+def told(ask: Callable[[], str]) -> str:
+    """What it says, or why it does not: a variable is wrong."""
     from sdedit.errors import SdeditError
 
     try:
-        return noise_maker()
+        return ask()
     except SdeditError as error:
         return f"{error}; fix: {error.hint}"
 

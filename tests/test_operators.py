@@ -19,10 +19,11 @@ import sdedit
 from sdedit import record
 from sdedit.backends import ort_cache, ort_graph
 from sdedit.backends.ort_fusion import fuse
+from sdedit.cli import doctor
+from sdedit.cli.main import main
 from sdedit.operators import ship, shipped
 
 MANIFEST = json.loads((ship.FOLDER / ship.MANIFEST).read_text("utf-8"))
-UNITS = {"avx2": 3, "avx512": 4}
 RANDOM = np.random.default_rng(7)
 
 needs_library = pytest.mark.skipif(not shipped._vector_unit(), reason="the operators are for Linux on x86-64 with AVX2")
@@ -54,15 +55,16 @@ def model_of(nodes, constants, inputs, output="y", rank=4) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
 
-@pytest.fixture(params=UNITS)
+@pytest.fixture(params=shipped.UNITS.values())
 def unit(request):
     """The tests that use it run on each vector unit of this processor."""
     library = ctypes.CDLL(str(shipped.LIBRARY))
-    if library.sdedit_vector_unit(UNITS[request.param]) != UNITS[request.param]:
-        library.sdedit_vector_unit(shipped.BEST_UNIT)
+    wanted = next(number for number, name in shipped.UNITS.items() if name == request.param)
+    if library.sdedit_vector_unit(wanted) != wanted:
+        library.sdedit_vector_unit(max(shipped.UNITS))
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
-    library.sdedit_vector_unit(shipped.BEST_UNIT)
+    library.sdedit_vector_unit(max(shipped.UNITS))
 
 
 # --- the library -------------------------------------------------------------------------------------------------
@@ -724,6 +726,14 @@ def test_another_value_of_the_variable_is_an_error(weighty, monkeypatch):
     monkeypatch.setenv("SDEDIT_OPERATORS", "yes")
     with pytest.raises(sdedit.OptionError, match=r"SDEDIT_OPERATORS is 'yes'"):
         sdedit.load(weighty, backend="ort-cpu")
+    assert doctor.examine()["operators"] == "SDEDIT_OPERATORS is 'yes'; fix: set it to on or off, or not at all"
+
+
+def test_doctor_says_what_computes_them(monkeypatch, capsys):
+    assert main(["doctor"]) == 0
+    assert f"operators of ort-cpu\n  {shipped.vector_unit()}\n" in capsys.readouterr().out
+    monkeypatch.setenv("SDEDIT_OPERATORS", "off")
+    assert doctor.examine()["operators"] == "none"
 
 
 def test_where_the_library_does_not_load_onnx_runtime_does_it_all(weighty, tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ from sdedit.errors import OptionError
 
 VARIABLE = "SDEDIT_OPERATORS"
 LIBRARY = Path(__file__).with_name("liboperators.so")
-BEST_UNIT = 4  # x86-64-v4, AVX-512
+UNITS = {4: "AVX-512", 3: "AVX2"}  # x86-64-v4, x86-64-v3
+NONE = "none"
 
 
 def library() -> Path | None:
@@ -31,10 +32,15 @@ def version() -> str:
     return hashlib.sha256(LIBRARY.read_bytes()).hexdigest()[:12]
 
 
+def vector_unit() -> str:
+    """What the operators are computed with here; "none" where ONNX Runtime does it all. Raises OptionError."""
+    return NONE if library() is None else UNITS[_vector_unit()]
+
+
 @cache
 def _vector_unit() -> int:
-    """x86-64-v4 or v3; 0 where there is neither."""
+    """A key of UNITS; 0 where there is none of them."""
     try:
-        return int(ctypes.CDLL(str(LIBRARY)).sdedit_vector_unit(BEST_UNIT))
+        return int(ctypes.CDLL(str(LIBRARY)).sdedit_vector_unit(max(UNITS)))
     except OSError:  # another system or processor
         return 0
