@@ -3,7 +3,7 @@
 python benchmarks/batch.py [-o RESULT.json] [--images 500] [--steps 20] [--batch N]
 
 The guides are JPEGs of 256x256, cut from an example photograph: decoding, resizing, noise, PNGs, records and manifest
-are all in the job's time; loading the model is not. The network alone is bare ONNX Runtime on buffers of its own: first
+are all in the job's time; loading the model is not. The network alone is the same session on buffers of its own: first
 at every batch size in turn, to find the best; then at that size after every tenth of the job, which waits for it (and
 reads and writes up to ten pictures on the side: at most half a percent in its favour). The job's time is compared with
 the mean of these; its tenths, each with the network just before and after it, do not end where batches do. Memory is
@@ -18,10 +18,8 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime
 from arguments import output_file, positive, program
 from conditions import conditions
 from PIL import Image
@@ -49,33 +47,21 @@ def resident_mb() -> float:
 
 
 class Network:
-    """The model in ONNX Runtime by itself, input and output bound once for each batch size."""
+    """The editor's network by itself, bound once for each batch size."""
 
     def __init__(self, editor: sdedit.Editor) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = editor.backend.threads
-        model = str(editor.artifact.path)
-        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self._shape = editor.artifact.channels, editor.artifact.height, editor.artifact.width
-        self._bound = {size: self._bind(size) for size in SIZES}
-
-    def _bind(self, size: int) -> tuple[Any, ...]:
-        x = np.random.default_rng(0).standard_normal((size, *self._shape)).astype(np.float32)
-        sigma, denoised = np.ones(size, np.float32), np.empty_like(x)
-        binding = self._session.io_binding()
-        binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
-        binding.bind_input("sigma", "cpu", 0, np.float32, sigma.shape, sigma.ctypes.data)
-        binding.bind_output("denoised", "cpu", 0, np.float32, x.shape, denoised.ctypes.data)
-        return binding, x, sigma, denoised
+        shape = editor.artifact.channels, editor.artifact.height, editor.artifact.width
+        self._x = np.random.default_rng(0).standard_normal((max(SIZES), *shape)).astype(np.float32)
+        self._sigma = np.ones(1, np.float32)
+        self._bound = {size: editor.backend.bind(size, {}) for size in SIZES}
 
     def ms_an_image(self, size: int) -> float:
         """One evaluation an image, 32 images."""
-        binding = self._bound[size][0]
-        self._session.run_with_iobinding(binding)
-        calls = 32 // size
+        network, x, calls = self._bound[size], self._x[:size], 32 // size
+        network(x, self._sigma)
         began = time.perf_counter()
         for _ in range(calls):
-            self._session.run_with_iobinding(binding)
+            network(x, self._sigma)
         return 1e3 * (time.perf_counter() - began) / (calls * size)
 
 

@@ -11,6 +11,7 @@ may use.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,8 @@ TORCH: dict[str, dict[str, bool]] = {
 OURS: dict[str, dict[str, Any]] = {  # int8, and the keywords of sdedit.load
     "ort-cpu fp32": {"backend": "ort-cpu"},
     "ort-cpu int8": {"int8": True, "backend": "ort-cpu"},
+    "ort-cpu fp32, ONNX Runtime's operators": {"backend": "ort-cpu", "operators": "off"},
+    "ort-cpu int8, ONNX Runtime's operators": {"int8": True, "backend": "ort-cpu", "operators": "off"},
     "openvino fp32": {"backend": "openvino"},
     "openvino bf16": {"backend": "openvino", "precision": "bf16"},
     "openvino fp16": {"backend": "openvino", "precision": "fp16"},
@@ -127,10 +130,14 @@ def open_torch(
     return evaluate, {}
 
 
-def open_ours(used: Network, x: np.ndarray, *, int8: bool = False, **options: Any) -> tuple[Evaluate, Row]:
+def open_ours(
+    used: Network, x: np.ndarray, *, int8: bool = False, operators: str = "on", **options: Any
+) -> tuple[Evaluate, Row]:
+    os.environ["SDEDIT_OPERATORS"] = operators
     editor = sdedit.load(used.file(int8=int8), threads=cores(), **options)
     denoiser, sigma = editor.backend.bind(1, {}), np.ones(1, np.float32)
-    return lambda: denoiser(x, sigma), {"ran": {"backend": editor.backend.name, "precision": editor.backend.precision}}
+    ran = {"backend": editor.backend.name, "precision": editor.backend.precision, "versions": editor.backend.versions}
+    return lambda: denoiser(x, sigma), {"ran": ran}
 
 
 # --- rounds ----------------------------------------------------------------------------------------------------------
