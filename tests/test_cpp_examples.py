@@ -21,10 +21,12 @@ import pytest
 from PIL import Image
 
 import sdedit
+from sdedit import artifact
 from sdedit.cli.main import main
 from sdedit.cuda import kernels
 from sdedit.executor import Batch, HostExecutor
 from sdedit.image import to_pixels
+from sdedit.operators import graph, shipped
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "examples" / "cpp"
@@ -159,13 +161,19 @@ def test_the_loop_in_cpp_makes_the_picture_that_python_makes(sampler, run, netwo
     assert np.array_equal(pixels_of(Path("cpp.png")), edited_by_command(guide, "-m", network, *options))
 
 
-def test_the_bundled_model_in_cpp_makes_the_picture_that_python_makes(run, tmp_path, table, monkeypatch):
+@pytest.mark.parametrize("operators", ["on", "off"])
+def test_the_bundled_model_in_cpp_makes_the_picture_that_python_makes(operators, run, tmp_path, table, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SDEDIT_OPERATORS", "off")  # which ONNX Runtime has not by itself
+    monkeypatch.setenv("SDEDIT_OPERATORS", operators)
     Image.open(ROOT / "examples" / "strokes.png").convert("RGB").resize((64, 64)).save("small.png")
-    model = sdedit.load(backend="ort-cpu", threads=1).artifact.path
-    rows = table(model, "--t0", "0.5", "--steps", "20")
-    succeed(run("step_cpp", model, rows, "small.png", "cpp.png", "--seed", "7", "--threads", "1"))
+    model, options = artifact.BUNDLED, []
+    if operators == "on":
+        if shipped.library() is None:
+            pytest.skip("the operators are for Linux on x86-64 with AVX2")
+        graph.write(model, Path("graph"))
+        model, options = Path("graph/graph.onnx"), ["--operators", "graph/liboperators.so"]
+    rows = table(artifact.BUNDLED, "--t0", "0.5", "--steps", "20")
+    succeed(run("step_cpp", model, rows, "small.png", "cpp.png", "--seed", "7", "--threads", "1", *options))
     wanted = edited_by_command("small.png", "--t0", "0.5", "--steps", "20", "--seed", "7")
     assert np.array_equal(pixels_of(Path("cpp.png")), wanted)
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from sdedit.backends import ort_cache, ort_graph
 from sdedit.backends.ort_fusion import fuse
 from sdedit.cli import doctor
 from sdedit.cli.main import main
-from sdedit.operators import ship, shipped
+from sdedit.operators import graph, ship, shipped
 
 MANIFEST = json.loads((ship.FOLDER / ship.MANIFEST).read_text("utf-8"))
 RANDOM = np.random.default_rng(7)
@@ -746,3 +747,40 @@ def test_where_the_library_does_not_load_onnx_runtime_does_it_all(weighty, tmp_p
 def test_a_small_network_is_left_to_onnx_runtime(weighty, monkeypatch):
     monkeypatch.setattr(ort_cache, "LEAST_BYTES", 2**23)
     assert "operators" not in sdedit.load(weighty, backend="ort-cpu").backend.versions
+
+
+# --- for other hosts ---------------------------------------------------------------------------------------------
+
+
+@needs_library
+def test_the_written_graph_makes_the_bits_of_the_backend(weighty, tmp_path):
+    command = [sys.executable, "-m", "sdedit.operators.graph", weighty, "-o", tmp_path / "graph"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{tmp_path / 'graph'}\n"
+    assert {path.name for path in (tmp_path / "graph").iterdir()} == {"graph.onnx", "graph.weights", "liboperators.so"}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.register_custom_ops_library(str(tmp_path / "graph" / "liboperators.so"))
+    alone = onnxruntime.InferenceSession(tmp_path / "graph" / "graph.onnx", options, providers=["CPUExecutionProvider"])
+    x, sigma = floats(2, 3, 16, 24), np.ones(2, np.float32)
+    ours = sdedit.load(weighty, backend="ort-cpu", threads=2).backend.bind(2, {})(x, sigma)
+    assert np.array_equal(alone.run(None, {"x": x, "sigma": sigma})[0], ours)
+
+
+@pytest.mark.parametrize(
+    ("model", "folder", "said"),
+    [
+        ("nowhere.onnx", "graph", "nowhere.onnx: no such file"),
+        ("weighty.onnx", "there", "there: exists already"),
+        ("weighty.onnx", "nowhere/graph", "nowhere/graph: cannot be written: No such file or directory"),
+        ("plain.onnx", "graph", "plain.onnx: there is nothing in it for these operators here"),
+    ],
+)
+def test_what_cannot_be_written_is_one_error_and_nothing_is_left(model, folder, said, weighty, negative, monkeypatch):
+    monkeypatch.chdir(weighty.parent)
+    shutil.copy(negative, "plain.onnx")
+    Path("there").mkdir()
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(sdedit.SdeditError, match=f"^{said}"):
+        graph.write(Path(model), Path(folder))
+    assert sorted(Path().rglob("*")) == before

@@ -2,8 +2,10 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from sdedit.artifact import Artifact
 from sdedit.backends import USUAL_BATCH, condition_values, ort_cache, require_open
 from sdedit.backends.bound import Bound
+from sdedit.backends.ort_graph import Change, open_fused
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, SdeditError
 from sdedit.executor import HostExecutor, Lease
 from sdedit.loop import Denoiser
@@ -103,6 +106,13 @@ class OrtBackend:
     def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
         return nullcontext(HostExecutor(self.bind(batch, conditions, size), draws_ahead=self.threads > 1))
 
+    def write_graph(self, folder: Path) -> bool:
+        """Make `folder`, with the graph and weights that a session with this package's operators runs; False where it
+        would have none. Raises OSError, ArtifactError.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            return open_fused(self._artifact, self._open_file, Path(scratch), folder) is not None
+
     def on_gpu(self) -> "GpuBackend | None":
         return None
 
@@ -112,17 +122,15 @@ class OrtBackend:
 
     def _open(self) -> Any:
         """The session. Raises whatever ONNX Runtime raises."""
-        providers: Providers = [(self.provider, {})]
-        session, fused = ort_cache.open_session(
-            self._artifact, lambda source, change: self._session_with(providers, source=source, change=change)
-        )
+        session, fused = ort_cache.open_session(self._artifact, self._open_file)
         if fused:
             self.versions = {**self.versions, "operators": shipped.version()}
         return session
 
-    def _session_with(
-        self, providers: Providers, *, source: str | None = None, change: Callable[[Any], None] | None = None
-    ) -> Any:
+    def _open_file(self, source: str | None, change: Change | None) -> Any:
+        return self._session_with([(self.provider, {})], source=source, change=change)
+
+    def _session_with(self, providers: Providers, *, source: str | None = None, change: Change | None = None) -> Any:
         """source: a file; None is the artifact. change: sets further options."""
         import onnxruntime
 

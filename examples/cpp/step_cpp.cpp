@@ -12,7 +12,7 @@
 
 namespace {
 
-const char *const USAGE = "MODEL.onnx TABLE.json GUIDE.png OUT.png [--seed 0] [--threads 0]";
+const char *const USAGE = "MODEL.onnx TABLE.json GUIDE.png OUT.png [--seed 0] [--threads 0] [--operators LIBRARY]";
 
 // Standard normals for one use: the same bits as in Python and on a GPU.
 void draw(uint64_t seed, uint32_t step, uint32_t elements, std::vector<float> &z) {
@@ -25,9 +25,10 @@ void draw(uint64_t seed, uint32_t step, uint32_t elements, std::vector<float> &z
 // The denoiser D(x; sigma), on memory that stays in place.
 class Network {
    public:
-    Network(const std::string &path, int threads, const StepTable &table, std::vector<float> &x,
-            std::vector<float> &denoised)
-        : session_(environment_, path.c_str(), options(threads)), binding_(session_) {
+    // operators: the library that the graph of `python -m sdedit.operators.graph` wants; none for a model as it is.
+    Network(const std::string &path, int threads, const std::string &operators, const StepTable &table,
+            std::vector<float> &x, std::vector<float> &denoised)
+        : session_(environment_, path.c_str(), options(threads, operators)), binding_(session_) {
         const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
         const std::array<int64_t, 4> shape = {1, table.channels, table.height, table.width};
         const int64_t one = 1;
@@ -43,9 +44,13 @@ class Network {
     }
 
    private:
-    static Ort::SessionOptions options(int threads) {
+    static Ort::SessionOptions options(int threads, const std::string &operators) {
         Ort::SessionOptions options;
         options.SetIntraOpNumThreads(threads);
+        if (!operators.empty()) {
+            options.RegisterCustomOpsLibrary(operators.c_str());
+            options.SetGraphOptimizationLevel(ORT_DISABLE_ALL);  // it has been optimised
+        }
         return options;
     }
 
@@ -60,7 +65,9 @@ void edit(const Arguments &arguments) {
     const uint32_t elements = table.elements(), plane = table.plane(), channels = table.channels;
     Picture picture = read_png(arguments.names[2], channels, table.width, table.height);
     std::vector<float> x(elements), denoised(elements), previous(elements), z(elements + 3);
-    Network network(arguments.names[0], (int)arguments.threads, table, x, denoised);
+    const auto operators = arguments.options.find("--operators");
+    Network network(arguments.names[0], (int)arguments.threads,
+                    operators == arguments.options.end() ? "" : operators->second, table, x, denoised);
 
     const auto began = std::chrono::steady_clock::now();
     for (uint32_t i = 0; i < elements; ++i) {  // pixels (H, W, C) -> x (C, H, W) in [-1, 1]
@@ -91,6 +98,6 @@ void edit(const Arguments &arguments) {
 }  // namespace
 
 int main(int argc, char **argv) {
-    const Arguments arguments = read_arguments(argc, argv, USAGE, 4, {});
+    const Arguments arguments = read_arguments(argc, argv, USAGE, 4, {"--operators"});
     return run_reporting([&] { edit(arguments); });
 }
