@@ -101,7 +101,8 @@ SDEDIT_API void sdedit_normals(uint64_t seed, uint32_t step, uint32_t repeat, en
  */
 SDEDIT_API int sdedit_perturb(const struct sdedit_batch *batch, uint32_t repeat);
 
-/* One step, after the network has written denoised: x' = a x + b D + d (D - D_previous) + c z, in place.
+/* One step, after the network has written denoised: x' = a x + b D + d (D - D_previous) + c z, in place. Every product and
+ * sum is rounded to float32, in this order: (a x + (b D + d (D - D_previous))) + c z.
  *
  * step: 1 ... N in this order. sigma gets the next step's level, 0 after the last. With a mask, kept parts become the
  * guide at the level just reached, x' = m x' + (1 - m) guide + sigma' sqrt(1 - m^2) z; after the last step they hold
