@@ -75,8 +75,8 @@ def _external(number: int, value: Value) -> Iterator[str]:
             if not isinstance(tensor, int):
                 yield from _location(tensor)
     elif number == 1 and LOCATION.encode() in _bytes(value):  # node; most have none, and are not looked into
-        for field, attribute in fields(value):
-            if field == 5:
+        for part_of, attribute in fields(value):
+            if part_of == 5:
                 for kind, part in fields(attribute):
                     if kind in (5, 10):  # t, tensors
                         yield from _location(part)

@@ -161,6 +161,12 @@ DAMAGES = {
     "another identity": lambda entry: (entry / "entry.json").write_text(
         (entry / "entry.json").read_text().replace('"format": 2', '"format": 1')
     ),
+    "a description that lacks a word": lambda entry: (entry / "entry.json").write_text(
+        (entry / "entry.json").read_text().replace('"fused"', '"confused"')
+    ),
+    "a description with another word": lambda entry: (entry / "entry.json").write_text(
+        (entry / "entry.json").read_text().replace('"fused": false', '"fused": [1]')
+    ),
     "a file in its place": lambda entry: (shutil.rmtree(entry), entry.write_text("not a folder")),
 }
 
@@ -260,3 +266,12 @@ def test_what_a_killed_process_left_is_removed_in_time(network, cache):
 def test_entries_are_private(network, cache):
     edited(network)
     assert [oct(path.stat().st_mode & 0o777) for path in (cache, only_entry(cache))] == ["0o700", "0o700"]
+
+
+def test_a_cache_below_a_folder_that_is_gone_is_none(network, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    monkeypatch.setenv("SDEDIT_CACHE", "cache")
+    gone.rmdir()
+    assert edited(network)

@@ -61,11 +61,11 @@ def unit(request):
     """The tests that use it run on each vector unit of this processor."""
     library = ctypes.CDLL(str(shipped.LIBRARY))
     wanted = next(number for number, name in shipped.UNITS.items() if name == request.param)
-    if library.sdedit_vector_unit(wanted) != wanted:
-        library.sdedit_vector_unit(max(shipped.UNITS))
+    if library.sdedit_use_vector_unit(wanted) != wanted:
+        library.sdedit_use_vector_unit(max(shipped.UNITS))
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
-    library.sdedit_vector_unit(max(shipped.UNITS))
+    library.sdedit_use_vector_unit(max(shipped.UNITS))
 
 
 # --- the library -------------------------------------------------------------------------------------------------
@@ -74,7 +74,8 @@ def unit(request):
 def test_it_was_made_from_these_sources():
     assert MANIFEST["source_sha256"] == ship.source_sha256(), "python -m sdedit.operators.ship"
     assert MANIFEST["library_sha256"] == hashlib.sha256(shipped.LIBRARY.read_bytes()).hexdigest()
-    assert MANIFEST["flags"] == [*ship.FLAGS, *ship.LINK]
+    flags = {"all": ship.FLAGS, "kernels.cpp": ship.UNITS, "link": ship.LINK}
+    assert MANIFEST["flags"] == json.loads(json.dumps(flags))
 
 
 def test_it_is_small():
@@ -167,11 +168,29 @@ def test_a_convolution_is_that_of_the_definition(unit, n, ci, co, h, w):
 @needs_library
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 5), (1, 3), (4, 2)])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (1, 3)])
-@pytest.mark.parametrize("pads", [(0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 1, 1), (2, 1, 0, 3)])
+@pytest.mark.parametrize("pads", [(0, 0, 0, 0), (1, 1, 1, 1), (0, 0, 1, 1), (1, 1, 0, 0), (2, 1, 0, 3)])
 def test_every_kernel_stride_and_padding_is_that_of_the_definition(unit, kernel, strides, pads):
-    x, weights = floats(2, 10, 21, 38), floats(14, 10, *kernel)
-    ours = convolved(x, weights, pads=pads, strides=strides)
-    assert_close(ours, expected(x, weights, pads=pads, strides=strides), 10 * kernel[0] * kernel[1])
+    for side in ((21, 38), (5, 5)):
+        x, weights = floats(2, 10, *side), floats(14, 10, *kernel)
+        ours = convolved(x, weights, pads=pads, strides=strides)
+        assert_close(ours, expected(x, weights, pads=pads, strides=strides), 10 * kernel[0] * kernel[1])
+
+
+@needs_library
+@pytest.mark.parametrize(("kernel", "pads"), [((1, 1), (1, 2, 1, 2)), ((2, 2), (2, 9, 0, 4)), ((1, 1), (0, 40, 0, 0))])
+def test_more_padding_than_kernel_is_that_of_the_definition_every_time(unit, kernel, pads):
+    x, weights = floats(1, 64, 15, 15), floats(20, 64, *kernel)
+    exact = expected(x, weights, pads=pads)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], domain="sdedit", pads=pads, strides=[1, 1])
+    ran = session(model_of([node], {"w": weights}, {"x": x}))
+    for _ in range(100):  # by two threads, whose pieces lie beside each other
+        assert_close(ran.run(None, {"x": x})[0], exact, 256)
+
+
+@needs_library
+def test_a_stride_that_keeps_the_size_is_no_step_of_one(unit):
+    x, weights, told = floats(1, 3, 2, 2), floats(4, 3, 1, 1), {"pads": (1, 1, 0, 0), "strides": (2, 2)}
+    assert_close(convolved(x, weights, **told), expected(x, weights, **told), 3)
 
 
 ADDED = [  # the shape of what is added to (2, 14, 24, 20)
@@ -201,8 +220,9 @@ def test_no_pictures_make_no_pictures(unit):
 
 
 @needs_library
-def test_a_picture_has_the_same_bits_alone_in_a_batch_and_by_any_number_of_threads(unit):
-    x, weights = floats(5, 24, 36, 28), floats(31, 24, 3, 3)
+@pytest.mark.parametrize("side", [(36, 28), (8, 8), (16, 16), (12, 20), (3, 70)])
+def test_a_picture_has_the_same_bits_alone_in_a_batch_and_by_any_number_of_threads(unit, side):
+    x, weights = floats(5, 24, *side), floats(31, 24, 3, 3)
     batch = convolved(x, weights)
     for number in range(5):
         assert np.array_equal(convolved(x[number : number + 1], weights)[0], batch[number])
@@ -211,12 +231,15 @@ def test_a_picture_has_the_same_bits_alone_in_a_batch_and_by_any_number_of_threa
 
 
 @needs_library
-def test_nan_and_inf_stay_where_they_were_made():
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_spreads_no_further_than_its_tiles(unit, value):
     x = floats(1, 16, 64, 64)
-    x[0, 3, 10, 10] = np.nan
+    x[0, 3, 10, 20] = value
     y = convolved(x, floats(8, 16, 3, 3))
-    assert np.isnan(y[:, :, 9:12, 9:12]).all()
-    assert np.isfinite(y[:, :, 20:, 20:]).all()
+    assert not np.isfinite(y[:, :, 9:12, 19:22]).any()
+    touched = np.zeros((64, 64), bool)
+    touched[8:12, 16:24] = True  # the tiles of 4 x 4 whose windows have it
+    assert np.isfinite(y[:, :, ~touched]).all()
 
 
 @needs_library
@@ -235,6 +258,11 @@ REFUSED = {
     "x has 7 channels": {"x": floats(1, 7, 8, 8)},
     "x has three dimensions": {"x": floats(9, 8, 8)},
     "x is smaller than the kernel": {"x": floats(1, 9, 1, 1), "pads": (0, 0, 0, 0)},
+    "a stride is 0": {"strides": (0, 0)},
+    "a stride is negative": {"strides": (1, -1)},
+    "there is one stride": {"strides": (1,)},
+    "there is one pad": {"pads": (1,)},
+    "a pad is negative": {"pads": (-1, 0, 0, 0)},
     "the bias is too short": {"bias": floats(3)},
     "what is added does not fit": {"add": floats(1, 14, 5, 8)},
     "what is added has five dimensions": {"add": floats(1, 1, 14, 8, 8)},
@@ -253,7 +281,7 @@ def test_what_does_not_fit_is_an_error_and_no_crash(wrong):
 
 
 def normalised(x, scale, shift, groups, epsilon=1e-5, silu=0, then=()):
-    inputs = {"x": x} | dict(zip(("then_scale", "then_shift"), then, strict=False))
+    inputs = {"x": x} | dict(zip(("modulation_scale", "modulation_shift"), then, strict=False))
     told = {"groups": groups, "epsilon": epsilon, "silu": silu}
     node = helper.make_node("GroupNorm", ["x", "scale", "shift", *list(inputs)[1:]], ["y"], domain="sdedit", **told)
     return session(model_of([node], {"scale": scale, "shift": shift}, inputs, rank=x.ndim)).run(None, inputs)[0]
@@ -710,6 +738,22 @@ def test_a_graph_that_the_operators_do_not_take_is_not_used(weighty, monkeypatch
 
 
 @needs_library
+def test_a_network_that_repeats_what_it_attends_to_still_runs_in_batches(tmp_path):
+    """Its keys are constants, the same for every picture, which ONNX's products repeat and the operator does not."""
+    net = Net()
+    x = net("Reshape", "x", np.int64([0, 3, 384]))
+    scores = net("MatMul", net("Transpose", x, perm=[0, 2, 1]), floats(1, 3, 700))
+    x = net("MatMul", net("Softmax", scores, axis=-1), floats(1, 700, 3))
+    x = net("Reshape", net("Transpose", x, perm=[0, 2, 1]), np.int64([0, 3, 16, 24]))
+    net("Add", net.conv(net.conv(x, 3, 240), 240, 3), np.float32(0))
+    net.nodes[-1].output[0] = "denoised"
+    net.constants["unused"] = floats(300_000)
+    path = save(tmp_path / "net.onnx", net.nodes, net.constants, metadata((3, 16, 24), SDES["vp"]), shape=(3, 16, 24))
+    editor = sdedit.load(path, backend="ort-cpu", threads=2)
+    assert editor.edit(GUIDE, steps=1, samples=2, batch=2).x.shape == (2, 3, 16, 24)
+
+
+@needs_library
 def test_an_entry_of_the_graph_cache_belongs_to_one_library_of_operators(weighty, tmp_path, monkeypatch):
     monkeypatch.setenv("SDEDIT_GRAPH_CACHE", "on")
     monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / "cache"))
@@ -723,10 +767,11 @@ def test_an_entry_of_the_graph_cache_belongs_to_one_library_of_operators(weighty
     assert len(list((tmp_path / "cache" / "graphs").iterdir())) == 3
 
 
-def test_another_value_of_the_variable_is_an_error(weighty, monkeypatch):
+def test_another_value_of_the_variable_is_an_error(weighty, network, monkeypatch):
     monkeypatch.setenv("SDEDIT_OPERATORS", "yes")
-    with pytest.raises(sdedit.OptionError, match=r"SDEDIT_OPERATORS is 'yes'"):
-        sdedit.load(weighty, backend="ort-cpu")
+    for model in (weighty, network):
+        with pytest.raises(sdedit.OptionError, match=r"SDEDIT_OPERATORS is 'yes'"):
+            sdedit.load(model, backend="ort-cpu")
     assert doctor.examine()["operators"] == "SDEDIT_OPERATORS is 'yes'; fix: set it to on or off, or not at all"
 
 
@@ -773,7 +818,7 @@ def test_the_written_graph_makes_the_bits_of_the_backend(weighty, tmp_path):
         ("nowhere.onnx", "graph", "nowhere.onnx: no such file"),
         ("weighty.onnx", "there", "there: exists already"),
         ("weighty.onnx", "nowhere/graph", "nowhere/graph: cannot be written: No such file or directory"),
-        ("plain.onnx", "graph", "plain.onnx: there is nothing in it for these operators here"),
+        ("plain.onnx", "graph", "plain.onnx: ort-cpu runs it here without this package's operators"),
     ],
 )
 def test_what_cannot_be_written_is_one_error_and_nothing_is_left(model, folder, said, weighty, negative, monkeypatch):

@@ -106,12 +106,27 @@ class OrtBackend:
     def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
         return nullcontext(HostExecutor(self.bind(batch, conditions, size), draws_ahead=self.threads > 1))
 
-    def write_graph(self, folder: Path) -> bool:
-        """Make `folder`, with the graph and weights that a session with this package's operators runs; False where it
-        would have none. Raises OSError, ArtifactError.
+    def write_graph(self, folder: Path) -> None:
+        """Make `folder`, with the graph (and weights) that a session with this package's operators runs.
+
+        Raises OSError, ArtifactError where this one has none, or ONNX Runtime refuses it.
         """
-        with tempfile.TemporaryDirectory() as scratch:
-            return open_fused(self._artifact, self._open_file, Path(scratch), folder) is not None
+        made = None
+        try:
+            if "operators" in self.versions:
+                with tempfile.TemporaryDirectory() as scratch:
+                    made = open_fused(self._artifact, self._open_file, Path(scratch), folder)
+        except (OSError, SdeditError):
+            raise
+        except Exception as error:  # onnxruntime raises its own kinds
+            raise ArtifactError(
+                f"{self._artifact.path}: ONNX Runtime: {str(error).splitlines()[0]}", hint="see 'sdedit doctor'"
+            ) from error
+        if made is None:
+            raise ArtifactError(
+                f"{self._artifact.path}: ort-cpu runs it here without this package's operators",
+                hint="see 'sdedit doctor'; a host that opens the model itself is as fast",
+            )
 
     def on_gpu(self) -> "GpuBackend | None":
         return None

@@ -23,13 +23,14 @@ from typing import Any
 
 from sdedit import cpu
 from sdedit.artifact import Artifact
+from sdedit.backends import ort_fusion
 from sdedit.backends.ort_graph import GRAPH, WEIGHTS, Open, keep, know_operators, open_fused
 from sdedit.cache_folder import cache_folder
 from sdedit.operators import shipped
 
 FORMAT = 2  # of the entries; another when the options of `keep` change
 VARIABLE = "SDEDIT_GRAPH_CACHE"
-LEAST_BYTES = 2**20  # a smaller artifact is opened sooner than it is looked up
+LEAST_BYTES = 2**20  # a smaller artifact is opened sooner than it is looked up, or looked through for operators
 MOST_BYTES = 4 * 2**30  # of all entries; the least recently used ones go first
 STALE_SECONDS = 3600  # what a killed process left half-written goes after this
 ENTRY, SCRATCH = "entry.json", ".new-"
@@ -41,14 +42,20 @@ Identity = dict[str, Any]
 def open_session(artifact: Artifact, open_with: Open) -> tuple[Any, bool]:
     """A session of the artifact, from the cache where it can be, and whether it has this package's operators.
 
-    Raises what `open_with` raises for the artifact, and ArtifactError where its file was replaced meanwhile.
+    Raises what `open_with` raises for the artifact, ArtifactError where its file was replaced meanwhile, OptionError for
+    a variable of the operators that is wrong.
     """
-    if not LEAST_BYTES <= artifact.size_bytes <= MOST_BYTES // 2:
+    shipped.library()  # for its error
+    if artifact.size_bytes < LEAST_BYTES:
         return open_with(None, None), False
-    identity, opened = _identity(artifact), None
-    if (entry := _entry(artifact, identity)) is not None:
+    opened = None
+    if (found := _entry(artifact)) is not None:
+        entry, identity = found
         opened = _opened_whole(entry, identity, open_with) or _opened_and_kept(entry, identity, artifact, open_with)
-    return opened or _opened_alone(artifact, open_with)
+    if opened is None:
+        opened = _opened_alone(artifact, open_with)
+        artifact.require_unchanged()
+    return opened
 
 
 def _opened_and_kept(entry: Path, identity: Identity, artifact: Artifact, open_with: Open) -> tuple[Any, bool] | None:
@@ -72,7 +79,7 @@ def _opened_and_kept(entry: Path, identity: Identity, artifact: Artifact, open_w
 
 def _opened_alone(artifact: Artifact, open_with: Open) -> tuple[Any, bool]:
     """Where nothing is kept."""
-    with suppress(OSError), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+    with suppress(OSError), tempfile.TemporaryDirectory(prefix="sdedit-", ignore_cleanup_errors=True) as scratch:
         if (session := _quietly(open_fused, artifact, open_with, Path(scratch))) is not None:
             return session, True
     return open_with(None, None), False
@@ -86,31 +93,30 @@ def _quietly(work: Callable[..., Any], *given: Any) -> Any:
         return None
 
 
-def _identity(artifact: Artifact) -> Identity:
-    """All that shapes an optimised graph."""
+def _entry(artifact: Artifact) -> tuple[Path, Identity] | None:
+    """The folder of its entry, and all that shapes an optimised graph.
+
+    None where none is kept, or ONNX Runtime could not be told the folder's name, which must be text.
+    """
     import onnxruntime
 
-    return {
+    if os.environ.get(VARIABLE) == "off" or artifact.size_bytes > MOST_BYTES // 2:
+        return None
+    identity = {
         "format": FORMAT,
         "artifact": artifact.sha256,
         "onnxruntime": [onnxruntime.__version__, onnxruntime.get_build_info()],
-        "operators": shipped.version() if shipped.library() else None,
+        "operators": [shipped.version(), ort_fusion.FORMAT] if shipped.library() else None,
         "cpu": [sys.platform, platform.machine(), *cpu.identity()],
     }
-
-
-def _entry(artifact: Artifact, identity: Identity) -> Path | None:
-    """Its folder; None where none is kept, or ONNX Runtime could not be told its name, which must be text."""
-    if os.environ.get(VARIABLE) == "off":
-        return None
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", artifact.name)[:40].strip("-") or "model"
-    entry = cache_folder("graphs").absolute() / f"{readable}-{key[:24]}"
     try:
+        entry = cache_folder("graphs").absolute() / f"{readable}-{key[:24]}"
         str(entry).encode()
-    except UnicodeEncodeError:
+    except (OSError, UnicodeEncodeError):
         return None
-    return entry
+    return entry, identity
 
 
 def _opened_whole(entry: Path, identity: Identity, open_with: Open) -> tuple[Any, bool] | None:
@@ -119,30 +125,29 @@ def _opened_whole(entry: Path, identity: Identity, open_with: Open) -> tuple[Any
     ONNX Runtime itself would notice a file that is too short, but not weights that are others. They are hashed while
     it opens the graph, which was first.
     """
-    if not _is_whole(entry, identity, (GRAPH,)):
+    if (told := _description(entry, identity, (GRAPH,))) is None:
         return None
-    whole: list[bool] = []
-    hashing = Thread(target=lambda: whole.append(_is_whole(entry, identity, (WEIGHTS,))))
+    whole: list[object] = []
+    hashing = Thread(target=lambda: whole.append(_description(entry, identity, (WEIGHTS,))))
     hashing.start()
-    session = None
-    with suppress(Exception):  # onnxruntime raises its own kinds, and RuntimeError
-        session = open_with(str(entry / GRAPH), _take_as_it_is)
+    session = _quietly(open_with, str(entry / GRAPH), _take_as_it_is)
     hashing.join()
-    if session is None or whole != [True]:
+    if session is None or whole != [told]:
         return None
     with suppress(OSError):  # a cache that may only be read
         os.utime(entry / ENTRY)
-    return session, json.loads((entry / ENTRY).read_text("utf-8"))["fused"]
+    return session, told["fused"]
 
 
-def _is_whole(entry: Path, identity: Identity, names: Sequence[str] = FILES) -> bool:
-    """Whether these files of the entry are what was written, for this identity."""
+def _description(entry: Path, identity: Identity, names: Sequence[str] = FILES) -> dict[str, Any] | None:
+    """What was written about the entry, if these files of it are what was written, for this identity; else None."""
     try:
         told = json.loads((entry / ENTRY).read_text("utf-8"))
         here = {name: told["sha256"].get(name) for name in names}
-        return bool(told["identity"] == identity and here == _hashes(entry, names))
+        right = told["identity"] == identity and here == _hashes(entry, names) and isinstance(told["fused"], bool)
+        return told if right else None
     except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
-        return False
+        return None
 
 
 def _hashes(entry: Path, names: Sequence[str] = FILES) -> dict[str, str | None]:
@@ -165,7 +170,7 @@ def _take_as_it_is(options: Any) -> None:
 def _put(made: Path, entry: Path, identity: Identity, fused: bool) -> None:
     """Put a finished entry in its place, unless another process was first; a damaged one is replaced."""
     (made / ENTRY).write_text(json.dumps({"identity": identity, "fused": fused, "sha256": _hashes(made)}), "utf-8")
-    if entry.exists() and not _is_whole(entry, identity):
+    if entry.exists() and _description(entry, identity) is None:
         shutil.rmtree(entry, ignore_errors=True)
     if not entry.exists():
         made.rename(entry)

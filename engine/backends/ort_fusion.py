@@ -11,15 +11,20 @@ from functools import cached_property
 
 from sdedit.protobuf import Value, field, fields, text, varint
 
+FORMAT = 1  # of what `fuse` writes; another when it writes something else for the same graph
 DOMAIN = "sdedit"
 NODE, INITIALIZER, OUTPUT = 1, 5, 12  # of a GraphProto
 GRAPH, OPSET = 7, 8  # of a ModelProto
-PRODUCTS = ("MatMul", "FusedMatMul")
+GELU, PRODUCTS = "com.microsoft.QuickGelu", ("MatMul", "com.microsoft.FusedMatMul")
+OTHER_FLAGS = ("transA", "transBatchA", "transBatchB")  # of a FusedMatMul, beside transB
 FLOAT, INT64 = 1, 7  # of a TensorProto's data_type
 
 
 def fuse(model: bytes) -> bytes | None:
-    """The same network with this package's operators; None where it has no use for them. Raises ValueError."""
+    """The same network with this package's operators; None where it has no use for them.
+
+    Raises ValueError where `model` is no ONNX model, IndexError or StopIteration where it is not a valid one.
+    """
     parts = list(fields(memoryview(model)))
     graph = _Graph(next(value for number, value in parts if number == GRAPH))
     if any(node.has_graphs for node in graph.nodes):  # whose insides may use what would be taken away
@@ -38,38 +43,48 @@ class _Node:
 
     def __init__(self, data: Value) -> None:
         self.data = data
-        self.inputs, self.outputs, self.operator = [], [], ""
+        self.inputs, self.outputs = [], []
+        operator = domain = ""
         self._attributes: list[Value] = []
         for number, value in fields(data):
-            match number:
+            match number:  # of a NodeProto
                 case 1:
                     self.inputs.append(text(value))
                 case 2:
                     self.outputs.append(text(value))
                 case 4:
-                    self.operator = text(value)
+                    operator = text(value)
                 case 5:
                     self._attributes.append(value)
+                case 7:
+                    domain = text(value)
+        self.operator = operator if domain in ("", "ai.onnx") else f"{domain}.{operator}"
 
     @property
     def output(self) -> str:
         return self.outputs[0]
 
-    @cached_property
-    def attributes(self) -> dict[str, float | str | tuple[int, ...]]:
-        """Those that are a float, an integer (a tuple of one), integers or text."""
-        found: dict[str, float | str | tuple[int, ...]] = {}
+    def integers(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """An attribute that is one integer, or several."""
+        parts = self._attribute(name)
+        return _integers(parts, 3) or _integers(parts, 8) or default
+
+    def number(self, name: str, default: float) -> float:
+        """An attribute that is a float."""
+        values = struct.unpack("<f", _joined(self._attribute(name), 2) or struct.pack("<f", default))
+        return float(values[0])
+
+    def text(self, name: str, default: str) -> str:
+        """An attribute that is text."""
+        return _joined(self._attribute(name), 4).decode() or default
+
+    def _attribute(self, name: str) -> list[tuple[int, Value]]:
+        """The fields of an AttributeProto: 1 is its name, 2 a float, 3 an integer, 4 text, 8 integers."""
         for attribute in self._attributes:
             parts = list(fields(attribute))
-            name = text(next(value for number, value in parts if number == 1))
-            for number, value in parts:
-                if number == 2 and not isinstance(value, int):
-                    found[name] = struct.unpack("<f", value)[0]
-                elif number == 4:
-                    found[name] = text(value)
-            if numbers := _integers(parts, 3) or _integers(parts, 8):
-                found[name] = numbers
-        return found
+            if _joined(parts, 1) == name.encode():
+                return parts
+        return []
 
     @cached_property
     def has_graphs(self) -> bool:
@@ -83,6 +98,11 @@ class _Constant:
     dims: tuple[int, ...]
     element: int
     data: Value
+
+    @property
+    def is_of_channels(self) -> bool:
+        """Whether it is (c, 1 ...) in float32."""
+        return self.element == FLOAT and len(self.dims) > 1 and set(self.dims[1:]) == {1}
 
     @cached_property
     def values(self) -> tuple[float, ...]:
@@ -172,13 +192,13 @@ def _group_norm(graph: _Graph, norm: _Node) -> None:
     x = flat.inputs[0]
     shape = graph.maker(back.inputs[1], "Shape")
     groups = len(graph.values(norm.inputs[1]))
-    if shape is None or shape.inputs != [x] or shape.attributes.get("start", (0,)) != (0,) or "end" in shape.attributes:
+    if shape is None or shape.inputs != [x] or shape.integers("start", (0,)) != (0,) or shape.integers("end", ()):
         return
     plain = {*graph.values(norm.inputs[1])} == {1.0} and {*graph.values(norm.inputs[2])} == {0.0}
     if not plain or graph.values(flat.inputs[1]) != (0, groups, -1):
         return
     inputs = [x, _other(scaled, back.output), _other(last, scaled.output)]
-    if any(name not in graph.constants or graph.constants[name].element != FLOAT for name in inputs[1:]):
+    if any(name not in graph.constants or not graph.constants[name].is_of_channels for name in inputs[1:]):
         return
     modulated = graph.user(last, "Mul")
     moved = graph.user(modulated, "Add")
@@ -186,29 +206,25 @@ def _group_norm(graph: _Graph, norm: _Node) -> None:
         then = [_other(modulated, last.output), _other(moved, modulated.output)]
         if all(_is_of_channels(graph, name) for name in then):
             inputs, last = inputs + then, moved
-    activated = graph.user(last, "QuickGelu")
-    silu = activated is not None and activated.attributes.get("alpha") == 1.0
-    epsilon = norm.attributes.get("epsilon", 1e-5)
-    assert isinstance(epsilon, float)
-    graph.replace(
-        activated if silu and activated is not None else last,
-        "GroupNorm", inputs, groups=(groups,), epsilon=epsilon, silu=(int(silu),),
-    )  # fmt: skip
+    activated = graph.user(last, GELU)
+    if activated is not None and activated.number("alpha", 1.702) == 1.0:
+        last = activated
+    told = {"groups": (groups,), "silu": (int(last is activated),)}
+    graph.replace(last, "GroupNorm", inputs, epsilon=norm.number("epsilon", 1e-5), **told)
 
 
 def _convolution(graph: _Graph, conv: _Node) -> None:
     """Conv (-> +), of two dimensions and all channels."""
     if conv.operator != "Conv":
         return
-    told = conv.attributes
     weights = graph.constants.get(conv.inputs[1])
     if weights is None or weights.element != FLOAT or len(weights.dims) != 4:
         return
-    if told.get("group", (1,)) != (1,) or {*_tuple(told.get("dilations", (1, 1)))} != {1}:
+    if conv.integers("group", (1,)) != (1,) or {*conv.integers("dilations", (1, 1))} != {1}:
         return
-    if told.get("auto_pad", "NOTSET") != "NOTSET":
+    pads, strides = conv.integers("pads", (0, 0, 0, 0)), conv.integers("strides", (1, 1))
+    if conv.text("auto_pad", "NOTSET") != "NOTSET" or min(pads) < 0:
         return
-    pads, strides = _tuple(told.get("pads", (0, 0, 0, 0))), _tuple(told.get("strides", (1, 1)))
     inputs, last = list(conv.inputs), conv
     if (added := graph.user(conv, "Add")) is not None and (other := _other(added, conv.output)) not in graph.constants:
         inputs, last = [*inputs, *[""] * (3 - len(inputs)), other], added
@@ -217,33 +233,21 @@ def _convolution(graph: _Graph, conv: _Node) -> None:
 
 def _attention(graph: _Graph, softmax: _Node) -> None:
     """Product -> Softmax -> product, as scaled dot-product attention has them."""
-    if softmax.operator != "Softmax" or softmax.attributes.get("axis", (-1,)) != (-1,):
+    if softmax.operator != "Softmax" or softmax.integers("axis", (-1,)) != (-1,):
         return
     scores = graph.maker(softmax.inputs[0], *PRODUCTS)
     result = graph.user(softmax, *PRODUCTS)
     if scores is None or result is None or graph.user(scores, softmax.operator) is None:
         return
-    if (
-        result.inputs[0] != softmax.output
-        or any(_flags(product) - {"transB"} for product in (scores, result))
-        or result.attributes.get("alpha", 1.0) != 1.0
-    ):
+    others = [product.integers(flag, (0,)) for product in (scores, result) for flag in OTHER_FLAGS]
+    if result.inputs[0] != softmax.output or set(others) != {(0,)} or result.number("alpha", 1.0) != 1.0:
         return
-    scale = scores.attributes.get("alpha", 1.0)
-    assert isinstance(scale, float)
-    graph.replace(
-        result,
-        "Attention",
-        [*scores.inputs, result.inputs[1]],
-        scale=scale,
-        keys_are_rows=(int("transB" in _flags(scores)),),
-        values_are_rows=(int("transB" not in _flags(result)),),
-    )
-
-
-def _flags(product: _Node) -> set[str]:
-    """Which of a FusedMatMul's operands are transposed."""
-    return {name for name, value in product.attributes.items() if name.startswith("trans") and value != (0,)}
+    told = {
+        "keys_are_rows": scores.integers("transB", (0,)),
+        "values_are_rows": (1 - result.integers("transB", (0,))[0],),
+    }
+    inputs = [*scores.inputs, result.inputs[1]]
+    graph.replace(result, "Attention", inputs, scale=scores.number("alpha", 1.0), **told)
 
 
 def _is_of_channels(graph: _Graph, name: str) -> bool:
@@ -258,7 +262,7 @@ def _is_of_channels(graph: _Graph, name: str) -> bool:
                 and graph.values(inner.inputs[1]) in ((2,), (-1,))
                 and graph.maker(inner.inputs[0], "Gemm") is not None
             )
-        if node.operator == "Slice" and graph.values(node.inputs[3]) != (1,):
+        if node.operator == "Slice" and [graph.values(name) for name in node.inputs[3:4]] != [(1,)]:
             return False
         if node.operator == "Add" and len(graph.values(node.inputs[1])) != 1:
             return False
@@ -270,10 +274,6 @@ def _other(node: _Node, name: str) -> str:
     """The input of a sum or product that is not this one."""
     first, second = node.inputs
     return second if first == name else first
-
-
-def _tuple(value: float | str | tuple[int, ...]) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else ()
 
 
 def _joined(parts: Sequence[tuple[int, Value]], wanted: int) -> bytes:

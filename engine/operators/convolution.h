@@ -1,21 +1,24 @@
 // 2-D convolution of NCHW pictures, as products of packed matrices.
 //
 // Winograd's F(4x4, 3x3) where it pays (Lavin and Gray 2016, arXiv:1509.09308, section 4.3): a tile of 4 x 4 outputs is
-// made of 36 products a channel instead of 144. Else the products of the definition.
+// made of 36 products a channel instead of 144. Else im2col and one matrix product.
 // A column of the matrices is a tile (Winograd) or a pixel of the output; a row is a channel of the output.
+// The sizes here were tuned on two cores of a Xeon with AVX-512 (2 MB of L2) with the networks of the README.
 
 constexpr int ROWS = LANES == 16 ? 12 : 6;  // a group: with two vectors of columns, its sums stay in registers
-constexpr int MOST_VECTORS = 2, MOST_BLOCKS = 8;
+constexpr int MAX_VECTORS = 2, MAX_BLOCKS = 8;
 constexpr int TILE = 4, WINDOW = 6, PANELS = WINDOW * WINDOW;
-constexpr int LEAST_CHANNELS = 8;           // with fewer, the transforms cost more than they spare
-constexpr int64_t CACHE_FLOATS = 256 << 10;  // of the second cache, for packed inputs
+constexpr int MIN_CHANNELS = 8;           // with fewer, the transforms cost more than they spare
+constexpr int64_t CACHE_FLOATS = 256 << 10;  // of L2, for packed inputs
 constexpr int AHEAD = 48;                    // rows of weights that are fetched before they are needed
 constexpr size_t SMALL_FLOATS = 2 << 20;     // weights that are not worth sparing
 
-// The points of the interpolation are 0, +-NEAR, +-FAR and infinity: they round less than 0, 1 and 2.
+// The points of the interpolation are 0, +-NEAR, +-FAR and infinity. Of 128 channels of normal numbers the result is off
+// by 1.1e-6 (root mean square) with these, and by 2.2e-6 with the usual 0, +-1, +-2: both against float64.
 constexpr double NEAR = 0.70710678118654752440, FAR = 1.41421356237309504880;
 constexpr double NEAR2 = NEAR * NEAR, FAR2 = FAR * FAR;
 
+// B' d
 inline void transform_input(const vec d[WINDOW], vec out[WINDOW]) {
     constexpr float near = NEAR, far = FAR, near2 = NEAR2, far2 = FAR2, product = NEAR2 * FAR2, sum = NEAR2 + FAR2;
     const vec even_far = d[4] - far2 * d[2], odd_far = near * (d[3] - far2 * d[1]);
@@ -28,6 +31,7 @@ inline void transform_input(const vec d[WINDOW], vec out[WINDOW]) {
     out[5] = product * d[1] - sum * d[3] + d[5];
 }
 
+// A' m
 inline void transform_output(const vec m[WINDOW], vec out[TILE]) {
     constexpr float near = NEAR, far = FAR, near2 = NEAR2, far2 = FAR2, near3 = NEAR2 * NEAR, far3 = FAR2 * FAR;
     const vec even_near = m[1] + m[2], odd_near = m[1] - m[2], even_far = m[3] + m[4], odd_far = m[3] - m[4];
@@ -37,7 +41,7 @@ inline void transform_output(const vec m[WINDOW], vec out[TILE]) {
     out[3] = near3 * odd_near + far3 * odd_far + m[5];
 }
 
-// ROWS kernels at once: g (3, step) -> out (WINDOW, step), steps in rows of ROWS numbers.
+// G g, of ROWS kernels at once: the taps of g lie g_step rows of ROWS numbers apart, the points of out out_step rows.
 inline void transform_weights(const double *g, int g_step, double *out, int out_step) {
     constexpr double at_near = 1 / (2 * NEAR2 * (NEAR2 - FAR2)), at_far = 1 / (2 * FAR2 * (FAR2 - NEAR2));
     for (int r = 0; r < ROWS; ++r) {
@@ -90,13 +94,14 @@ inline layout lay_out(const conv_shape &s, int threads) {
     while (l.run > 4 && tiles % l.run && tiles < 4 * l.run) l.run /= 2;
     l.tiles_x = (tiles + l.run - 1) / l.run * l.run;
     l.tiles_y = (s.h + TILE - 1) / TILE;
-    const int64_t all_tiles = (int64_t)s.n * l.tiles_x * l.tiles_y;
-    // Of few tiles the products cost less than reading weights that are four times as many.
-    const bool many = all_tiles >= 2 * LANES || (all_tiles >= LANES && packed_floats(s, true) <= SMALL_FLOATS);
+    // Of few tiles the products cost less than reading weights that are four times as many. Those of one picture count,
+    // so that it has the same bits in every batch.
+    const int64_t tiles_each = (int64_t)l.tiles_x * l.tiles_y, all_tiles = s.n * tiles_each;
+    const bool many = tiles_each >= 2 * LANES || (tiles_each >= LANES && packed_floats(s, true) <= SMALL_FLOATS);
     l.winograd = s.kernel_h == 3 && s.kernel_w == 3 && s.stride_y == 1 && s.stride_x == 1 && s.pad_y == 1 &&
-                 s.pad_x == 1 && s.out_h == s.h && s.out_w == s.w && s.ci >= LEAST_CHANNELS && many;
+                 s.pad_x == 1 && s.out_h == s.h && s.out_w == s.w && s.ci >= MIN_CHANNELS && many;
     l.columns = l.winograd ? all_tiles : (int64_t)s.n * s.out_h * s.out_w;
-    l.vectors = l.columns > LANES ? MOST_VECTORS : 1;
+    l.vectors = l.columns > LANES ? MAX_VECTORS : 1;
     l.width = l.vectors * LANES;
     l.all_blocks = (int)((l.columns + l.width - 1) / l.width);
     l.groups = groups_of(s);
@@ -107,7 +112,7 @@ inline layout lay_out(const conv_shape &s, int threads) {
     l.weight_floats = packed_floats(s, l.winograd);
     const int64_t room = CACHE_FLOATS / (int64_t)l.block_floats, share = l.all_blocks / (2 * threads);
     const int64_t most = room < share ? room : share;
-    l.blocks = most < 1 ? 1 : most > MOST_BLOCKS ? MOST_BLOCKS : (int)most;
+    l.blocks = most < 1 ? 1 : most > MAX_BLOCKS ? MAX_BLOCKS : (int)most;
     l.units = (l.all_blocks + l.blocks - 1) / l.blocks;
     const bool fit = l.all_blocks * (int64_t)l.block_floats <= CACHE_FLOATS;
     l.at_once = fit || (l.units < 4 * threads && l.units % threads);
@@ -176,7 +181,7 @@ inline place place_of(const layout &l, int64_t tile) {
 
 // to = `count` floats of a line of `width` from `left` on; outside of it lie zeros.
 inline void copy_line(float *to, const float *line, int left, int count, int width) {
-    int k = left < 0 ? -left : 0;
+    int k = left >= 0 ? 0 : -left < count ? -left : count;
     const int end = width - left < count ? width - left : count;
     for (int j = 0; j < k; ++j) to[j] = 0;
     for (; k + 8 <= end; k += 8) memcpy(to + k, line + left + k, 8 * sizeof(float));
@@ -220,7 +225,7 @@ inline void take_line(const conv_shape &s, const layout &l, const float *x, cons
 // Channels [from, to) of `count` vectors of tiles.
 inline void pack_tiles(const conv_call &call, const layout &l, int64_t first, int count, int from, int to, float *v) {
     const conv_shape &s = call.shape;
-    place places[MOST_BLOCKS * MOST_VECTORS][LANES / 4];
+    place places[MAX_BLOCKS * MAX_VECTORS][LANES / 4];
     for (int n = 0; n < count; ++n) {
         for (int k = 0; k < LANES / l.run; ++k) {
             const int64_t tile = first + n * LANES + k * l.run;
@@ -255,7 +260,7 @@ inline void pack_pixels(const conv_call &call, const layout &l, int64_t first, i
     struct {
         int image, y, x, count;
         float *to;
-    } pieces[MOST_BLOCKS * MOST_VECTORS * LANES];  // of one line and one block
+    } pieces[MAX_BLOCKS * MAX_VECTORS * LANES];  // of one line and one block
     int size = 0;
     for (int at = 0; at < count; at += pieces[size++].count) {
         const int64_t pixel = first + at;
@@ -303,7 +308,7 @@ inline void pack(const conv_call &call, const layout &l, int block, int count, i
 inline float constant_of(const conv_call &call, int image, int channel) {
     const float bias = call.bias ? call.bias[channel] : 0;
     if (!call.add || !call.add_is_constant) return bias;
-    return bias + call.add[image * call.add_image + channel * call.add_channel];
+    return bias + call.add[image * call.add_image_stride + channel * call.add_channel_stride];
 }
 
 inline void put_line(float *y, const float *sums, const float *add, float constant, int count) {
@@ -364,12 +369,12 @@ inline void finish_pixels(const conv_call &call, const layout &l, int64_t first,
 
 // One group of output channels in one block, whose inputs are packed at v.
 inline void compute(const conv_call &call, const layout &l, int block, int group, const float *v) {
-    alignas(64) float m[PANELS * ROWS * MOST_VECTORS * LANES];
+    alignas(64) float m[PANELS * ROWS * MAX_VECTORS * LANES];
     for (int p = 0; p < l.panels; ++p) {
         const float *u = call.packed + ((size_t)group * l.panels + p) * l.depth * ROWS;
         float *out = m + (size_t)p * ROWS * l.width;
         if (l.vectors == 1) multiply<1>(u, v + p * l.panel_floats, l.depth, out);
-        else multiply<MOST_VECTORS>(u, v + p * l.panel_floats, l.depth, out);
+        else multiply<MAX_VECTORS>(u, v + p * l.panel_floats, l.depth, out);
     }
     const int channel = group * ROWS, count = call.shape.co - channel < ROWS ? call.shape.co - channel : ROWS;
     const int64_t first = (int64_t)block * l.width;

@@ -56,10 +56,10 @@ inline void normalize(const norm_call &call, int64_t unit) {
     const float inverse = 1.0f / __builtin_sqrtf((float)(squares / count) + call.epsilon);
     for (int c = 0; c < channels; ++c, x += call.plane, y += call.plane) {
         float scale = inverse * call.scale[first + c], shift = call.shift[first + c];
-        if (call.then_scale) {
-            const float then = call.then_scale[image * call.scale_image + (first + c) * call.scale_channel];
+        if (call.modulation_scale) {
+            const float then = call.modulation_scale[image * call.scale_image_stride + (first + c) * call.scale_channel_stride];
             scale *= then;
-            shift = shift * then + call.then_shift[image * call.shift_image + (first + c) * call.shift_channel];
+            shift = shift * then + call.modulation_shift[image * call.shift_image_stride + (first + c) * call.shift_channel_stride];
         }
         int64_t i = 0;
         if (call.silu) {

@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+// Inside the namespace: two builds must share no function, or the linker keeps the one of the wrong processor.
 namespace {
 #include "vectors.h"
 

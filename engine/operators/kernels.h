@@ -8,19 +8,19 @@ struct conv_shape {
     int n, ci, h, w, co, out_h, out_w, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x;
 };
 
-// y = the convolution of x + bias + add
+// y (n, co, out_h, out_w) = the convolution of x (n, ci, h, w) + bias (co) + add
 struct conv_call {
     conv_shape shape;
-    const float *x, *packed, *bias, *add;  // packed: the weights; bias and add may be null
-    size_t add_image, add_channel;         // floats from one picture, one channel of `add` to the next
-    bool add_is_constant;                  // one number a channel, not as many as pixels
+    const float *x, *packed, *bias, *add;      // packed: the weights, by pack_weights; bias and add may be null
+    size_t add_image_stride, add_channel_stride;
+    bool add_is_constant;                      // one number a channel, not as many as pixels
     float *y;
 };
 
-// y = the group norm of x, times then_scale, plus then_shift; then SiLU
+// y (n, channels, plane) = modulation of the group norm of x, with scale and shift (channels); then SiLU
 struct norm_call {
-    const float *x, *scale, *shift, *then_scale, *then_shift;  // then_scale and then_shift may be null
-    size_t scale_image, scale_channel, shift_image, shift_channel;  // floats between pictures and channels of then_...
+    const float *x, *scale, *shift, *modulation_scale, *modulation_shift;  // modulation may be null
+    size_t scale_image_stride, scale_channel_stride, shift_image_stride, shift_channel_stride;  // of the modulation
     float *y;
     int64_t plane;
     int channels, groups;
@@ -30,8 +30,8 @@ struct norm_call {
 
 // y (heads, queries, values) = softmax(scale · q kᵀ) v
 struct attention_call {
-    const float *q, *k, *v;               // q: (heads, queries, depth)
-    bool keys_are_rows, values_are_rows;  // (heads, keys, depth) and not (heads, depth, keys); so the values
+    const float *q, *k, *v;               // (heads, queries, depth), (heads, keys, depth), (heads, keys, values)
+    bool keys_are_rows, values_are_rows;  // else k is (heads, depth, keys), v is (heads, values, keys)
     float scale;
     float *y;
     int heads, queries, keys, depth, values;

@@ -1,16 +1,20 @@
 // Operators for ONNX Runtime's CPU provider, of domain "sdedit", for float32:
 //
 //   Conv(x, weights, bias?, add?)                          attributes pads, strides; weights are constant
-//   GroupNorm(x, scale, shift, then_scale?, then_shift?)   attributes groups, epsilon, silu
+//   GroupNorm(x, scale, shift, modulation_scale?, modulation_shift?)   attributes groups, epsilon, silu
 //   Attention(q, k, v)                                     attributes scale, keys_are_rows, values_are_rows
 //
 // As onnxruntime_c_api.h wants it: RegisterCustomOps is what a session is given. They are for graphs that this engine
-// has rewritten; what a graph cannot ask for is an error, not a crash.
+// has rewritten; what a graph cannot ask for is an error, not a crash. They tell no shapes before they run: the arena
+// serves their outputs.
 #include <atomic>
+#include <initializer_list>
 #include <onnxruntime_c_api.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
 
 #include "kernels.h"
 
@@ -22,18 +26,21 @@
 namespace {
 
 constexpr uint32_t API = 20;  // ONNX Runtime 1.20
-constexpr int MOST_UNIT = 4;  // x86-64-v4
+constexpr int BEST_UNIT = 4;  // x86-64-v4
 
 const OrtApi *api;
 const kernels *best;
-int threads;  // as many as there are cores for this process
+// The cores that this process had when the library was registered: work and memory are cut for as many, also in a session
+// of fewer threads.
+int threads;
 
 OrtStatus *refuse(const char *text) { return api->CreateStatus(ORT_INVALID_GRAPH, text); }
 OrtStatus *no_memory() { return api->CreateStatus(ORT_FAIL, "out of memory"); }
 
-// Calls work(unit, worker) for every unit, in the threads of the session. Workers are fewer than `threads`.
+// Calls work(unit, worker) for every unit, in the threads of the session; worker < min(units, threads), and units of one
+// worker do not overlap in time.
 template <class Work>
-OrtStatus *share(const OrtKernelContext *context, size_t units, Work work) {
+OrtStatus *parallel_for(const OrtKernelContext *context, size_t units, Work work) {
     struct {
         Work &work;
         std::atomic<size_t> next;
@@ -85,14 +92,14 @@ OrtStatus *make_output(OrtKernelContext *context, const int64_t *dims, size_t ra
 }
 
 // With ones before its dimensions, so that there are four.
-tensor aligned(const tensor &t) {
+tensor as_rank_4(const tensor &t) {
     tensor out = {t.data, 4, {1, 1, 1, 1}};
     for (size_t k = 0; k < t.rank; ++k) out.dims[4 - t.rank + k] = t.dims[k];
     return out;
 }
 
-// Floats from one picture and one channel to the next of a tensor that repeats along dimensions of one.
-void steps(const tensor &t, size_t &image, size_t &channel) {
+// Floats from one picture and one channel to the next of a tensor that is broadcast along dimensions of one.
+void strides_of(const tensor &t, size_t &image, size_t &channel) {
     const size_t plane = t.dims[2] * t.dims[3];
     image = t.dims[0] == 1 ? 0 : t.dims[1] * plane;
     channel = t.dims[1] == 1 ? 0 : plane;
@@ -109,11 +116,13 @@ struct scratch {
         OrtStatus *status = api->KernelContext_GetAllocator(context, info, &allocator);
         api->ReleaseMemoryInfo(info);
         if (status) return status;
-        data = static_cast<float *>(allocator->Alloc(allocator, floats * sizeof(float)));
-        return data ? nullptr : no_memory();
+        void *memory = nullptr;
+        TRY(api->AllocatorAlloc(allocator, floats * sizeof(float), &memory));
+        data = static_cast<float *>(memory);
+        return nullptr;
     }
     ~scratch() {
-        if (data) allocator->Free(allocator, data);
+        if (data) api->ReleaseStatus(api->AllocatorFree(allocator, data));
         if (allocator) api->ReleaseAllocator(allocator);
     }
 };
@@ -122,7 +131,7 @@ template <class Kernel>
 OrtStatus *keep(const Kernel &made, void **out) {
     *out = malloc(sizeof(Kernel));
     if (!*out) return no_memory();
-    *static_cast<Kernel *>(*out) = made;
+    memcpy(*out, &made, sizeof(Kernel));
     return nullptr;
 }
 
@@ -132,7 +141,8 @@ struct conv_kernel {
     int64_t strides[2], pads[4];
     tensor weights;
     pthread_mutex_t mutex;
-    float *packed[2];  // of the definition, of Winograd's algorithm; null until it is used
+    const kernels *unit;                  // that packs and computes
+    float *packed, *packed_for_winograd;  // null until they are used
 };
 
 OrtStatus *ORT_API_CALL make_conv(const OrtCustomOp *, const OrtApi *, const OrtKernelInfo *info, void **out) {
@@ -140,19 +150,29 @@ OrtStatus *ORT_API_CALL make_conv(const OrtCustomOp *, const OrtApi *, const Ort
     size_t two = 2, four = 4;
     TRY(api->KernelInfoGetAttributeArray_int64(info, "strides", made.strides, &two));
     TRY(api->KernelInfoGetAttributeArray_int64(info, "pads", made.pads, &four));
+    if (two != 2 || four != 4) return refuse("Conv: wanted two strides and four pads");
+    for (const int64_t stride : made.strides) {
+        if (stride < 1) return refuse("Conv: a stride is not positive");
+    }
+    for (const int64_t pad : made.pads) {
+        if (pad < 0) return refuse("Conv: a pad is negative");
+    }
+    made.unit = best;
     int constant = 0;
     const OrtValue *weights = nullptr;
     TRY(api->KernelInfoGetConstantInput_tensor(info, 1, &constant, &weights));
     if (!constant) return refuse("Conv: its weights are not constant");
     TRY(read(weights, made.weights));
     if (made.weights.rank != 4) return refuse("Conv: its weights are not of four dimensions");
-    pthread_mutex_init(&made.mutex, nullptr);
-    return keep(made, out);
+    TRY(keep(made, out));
+    pthread_mutex_init(&static_cast<conv_kernel *>(*out)->mutex, nullptr);
+    return nullptr;
 }
 
 void ORT_API_CALL drop_conv(void *data) {
     auto *kernel = static_cast<conv_kernel *>(data);
-    for (float *packed : kernel->packed) free(packed);
+    free(kernel->packed);
+    free(kernel->packed_for_winograd);
     pthread_mutex_destroy(&kernel->mutex);
     free(kernel);
 }
@@ -161,15 +181,15 @@ OrtStatus *packed_weights(conv_kernel *kernel, const OrtKernelContext *context, 
                           const layout &l, const float *&packed) {
     OrtStatus *status = nullptr;
     pthread_mutex_lock(&kernel->mutex);
-    float *&kept = kernel->packed[l.winograd];
+    float *&kept = l.winograd ? kernel->packed_for_winograd : kernel->packed;
     if (!kept) {
         void *memory = nullptr;
         if (posix_memalign(&memory, 64, l.weight_floats * sizeof(float)) != 0) {
             status = no_memory();
         } else {
             auto *made = static_cast<float *>(memory);
-            status = share(context, l.groups, [&](size_t group, size_t) {
-                best->pack_weights(shape, l.winograd, kernel->weights.data, (int)group, made);
+            status = parallel_for(context, l.groups, [&](size_t group, size_t) {
+                kernel->unit->pack_weights(shape, l.winograd, kernel->weights.data, (int)group, made);
             });
             if (status) free(memory);
             else kept = made;
@@ -181,50 +201,51 @@ OrtStatus *packed_weights(conv_kernel *kernel, const OrtKernelContext *context, 
 }
 
 // A unit packs its own inputs: of large pictures.
-OrtStatus *convolve_units(const OrtKernelContext *context, const conv_call &call, const layout &l) {
+OrtStatus *convolve_units(const OrtKernelContext *context, const kernels &unit, const conv_call &call, const layout &l) {
     const size_t floats = l.blocks * l.block_floats;
     scratch input;
     TRY(input.take(context, floats * (l.units < threads ? l.units : threads)));
-    return share(context, l.units, [&](size_t unit, size_t worker) {
-        const int first = (int)unit * l.blocks;
+    return parallel_for(context, l.units, [&](size_t number, size_t worker) {
+        const int first = (int)number * l.blocks;
         const int count = l.all_blocks - first < l.blocks ? l.all_blocks - first : l.blocks;
         float *own = input.data + worker * floats;
-        best->pack(call, l, first, count, 0, call.shape.ci, own);
+        unit.pack(call, l, first, count, 0, call.shape.ci, own);
         for (int group = 0; group < l.groups; ++group) {
-            for (int k = 0; k < count; ++k) best->compute(call, l, first + k, group, own + k * l.block_floats);
+            for (int k = 0; k < count; ++k) unit.compute(call, l, first + k, group, own + k * l.block_floats);
         }
     });
 }
 
 // All inputs are packed, then come all products: of small pictures.
-OrtStatus *convolve_at_once(const OrtKernelContext *context, const conv_call &call, const layout &l) {
+OrtStatus *convolve_at_once(const OrtKernelContext *context, const kernels &unit, const conv_call &call, const layout &l) {
     scratch input;
     TRY(input.take(context, l.all_blocks * l.block_floats));
     const int channels = call.shape.ci, pieces = channels < 2 * threads ? 1 : 2 * threads;
-    TRY(share(context, (size_t)l.all_blocks * pieces, [&](size_t unit, size_t) {
-        const int64_t block = unit / pieces, piece = unit % pieces;
+    TRY(parallel_for(context, (size_t)l.all_blocks * pieces, [&](size_t number, size_t) {
+        const int64_t block = number / pieces, piece = number % pieces;
         const int from = (int)(channels * piece / pieces), to = (int)(channels * (piece + 1) / pieces);
-        best->pack(call, l, (int)block, 1, from, to, input.data + block * l.block_floats);
+        unit.pack(call, l, (int)block, 1, from, to, input.data + block * l.block_floats);
     }));
-    return share(context, (size_t)l.all_blocks * l.groups, [&](size_t unit, size_t) {
-        const int64_t block = unit % l.all_blocks, group = unit / l.all_blocks;
-        best->compute(call, l, (int)block, (int)group, input.data + block * l.block_floats);
+    return parallel_for(context, (size_t)l.all_blocks * l.groups, [&](size_t number, size_t) {
+        const int64_t block = number % l.all_blocks, group = number / l.all_blocks;
+        unit.compute(call, l, (int)block, (int)group, input.data + block * l.block_floats);
     });
 }
 
 OrtStatus *convolve(conv_kernel *kernel, const OrtKernelContext *context, conv_call &call) {
     conv_shape &s = call.shape;
-    if (s.kernel_h == 1 && s.kernel_w == 1 && s.h == s.out_h && s.w == s.out_w) {
+    const bool one = s.kernel_h == 1 && s.kernel_w == 1 && s.stride_y == 1 && s.stride_x == 1;
+    if (one && s.pad_y == 0 && s.pad_x == 0 && s.h == s.out_h && s.w == s.out_w) {
         s.w = s.out_w = s.w * s.h;  // pixels without neighbours: one line of them
         s.h = s.out_h = 1;
     }
-    const layout l = best->lay_out(s, threads);
+    const layout l = kernel->unit->lay_out(s, threads);
     TRY(packed_weights(kernel, context, s, l, call.packed));
-    return l.at_once ? convolve_at_once(context, call, l) : convolve_units(context, call, l);
+    return l.at_once ? convolve_at_once(context, *kernel->unit, call, l) : convolve_units(context, *kernel->unit, call, l);
 }
 
-// y (dims) = a + b, both repeated along their dimensions of one.
-void add_repeated(const tensor &a, const tensor &b, const int64_t *dims, float *y) {
+// y (dims) = a + b, both broadcast along their dimensions of one.
+void add_broadcast(const tensor &a, const tensor &b, const int64_t *dims, float *y) {
     size_t step[2][4];
     const tensor *both[] = {&a, &b};
     for (int t = 0; t < 2; ++t) {
@@ -268,7 +289,7 @@ OrtStatus *ORT_API_CALL run_conv(void *data, OrtKernelContext *context) {
         TRY(make_output(context, own.dims, 4, call.y));
         return empty ? nullptr : convolve(kernel, context, call);
     }
-    add = aligned(add);
+    add = as_rank_4(add);
     int64_t dims[4];
     bool grows = false, fits = true;
     for (int k = 0; k < 4; ++k) {
@@ -282,7 +303,7 @@ OrtStatus *ORT_API_CALL run_conv(void *data, OrtKernelContext *context) {
     if (empty || dims[0] == 0) return nullptr;
     if (!grows && (fits || add.dims[2] * add.dims[3] == 1)) {
         call.y = y, call.add = add.data, call.add_is_constant = !fits;
-        steps(add, call.add_image, call.add_channel);
+        strides_of(add, call.add_image_stride, call.add_channel_stride);
         return convolve(kernel, context, call);
     }
     scratch alone;  // a sum of other shapes
@@ -290,7 +311,7 @@ OrtStatus *ORT_API_CALL run_conv(void *data, OrtKernelContext *context) {
     call.y = alone.data;
     own.data = alone.data;
     TRY(convolve(kernel, context, call));
-    add_repeated(own, add, dims, y);
+    add_broadcast(own, add, dims, y);
     return nullptr;
 }
 
@@ -327,30 +348,30 @@ bool is_of_pictures(const tensor &t, const tensor &x) {
 
 OrtStatus *ORT_API_CALL run_norm(void *data, OrtKernelContext *context) {
     const auto *kernel = static_cast<const norm_kernel *>(data);
-    tensor x, scale, shift, then_scale, then_shift;
+    tensor x, scale, shift, modulation_scale, modulation_shift;
     TRY(read_input(context, 0, x));
     TRY(read_input(context, 1, scale));
     TRY(read_input(context, 2, shift));
-    TRY(read_input(context, 3, then_scale));
-    TRY(read_input(context, 4, then_shift));
+    TRY(read_input(context, 3, modulation_scale));
+    TRY(read_input(context, 4, modulation_shift));
     if (x.rank < 3 || x.dims[1] % kernel->groups) return refuse("GroupNorm: x does not divide into the groups");
     if (!is_of_channels(scale, x) || !is_of_channels(shift, x)) return refuse("GroupNorm: scale and shift are not (c, 1 ...)");
     norm_call call = {};
-    if (then_scale.data) {
-        if (!then_shift.data || !is_of_pictures(then_scale, x) || !is_of_pictures(then_shift, x)) {
-            return refuse("GroupNorm: then_scale and then_shift are not (n, c, 1, 1)");
+    if (modulation_scale.data) {
+        if (!modulation_shift.data || !is_of_pictures(modulation_scale, x) || !is_of_pictures(modulation_shift, x)) {
+            return refuse("GroupNorm: modulation_scale and modulation_shift are not (n, c, 1, 1)");
         }
-        steps(then_scale, call.scale_image, call.scale_channel);
-        steps(then_shift, call.shift_image, call.shift_channel);
+        strides_of(modulation_scale, call.scale_image_stride, call.scale_channel_stride);
+        strides_of(modulation_shift, call.shift_image_stride, call.shift_channel_stride);
     }
     TRY(make_output(context, x.dims, x.rank, call.y));
     call.x = x.data, call.scale = scale.data, call.shift = shift.data;
-    call.then_scale = then_scale.data, call.then_shift = then_shift.data;
+    call.modulation_scale = modulation_scale.data, call.modulation_shift = modulation_shift.data;
     call.plane = x.rank == 4 ? x.dims[2] * x.dims[3] : x.dims[2];
     call.channels = (int)x.dims[1], call.groups = (int)kernel->groups;
     call.epsilon = kernel->epsilon, call.silu = kernel->silu != 0;
     if (call.plane == 0) return nullptr;
-    return share(context, x.dims[0] * kernel->groups, [&](size_t unit, size_t) { best->normalize(call, unit); });
+    return parallel_for(context, x.dims[0] * kernel->groups, [&](size_t unit, size_t) { best->normalize(call, unit); });
 }
 
 // --- Attention ---------------------------------------------------------------------------------------------------
@@ -395,11 +416,11 @@ OrtStatus *ORT_API_CALL run_attention(void *data, OrtKernelContext *context) {
     const attention_layout l = best->lay_out_attention(call);
     scratch memory;
     TRY(memory.take(context, call.heads * l.head_floats + threads * l.block_floats));
-    TRY(share(context, call.heads, [&](size_t head, size_t) {
+    TRY(parallel_for(context, call.heads, [&](size_t head, size_t) {
         best->pack_head(call, l, (int)head, memory.data + head * l.head_floats);
     }));
     float *own = memory.data + call.heads * l.head_floats;
-    return share(context, (size_t)call.heads * l.blocks, [&](size_t unit, size_t worker) {
+    return parallel_for(context, (size_t)call.heads * l.blocks, [&](size_t unit, size_t worker) {
         const size_t head = unit / l.blocks;
         const float *packed = memory.data + head * l.head_floats;
         best->attend(call, l, (int)head, (int)(unit % l.blocks), packed, own + worker * l.block_floats);
@@ -438,37 +459,54 @@ const OrtCustomOp norm = describe<3, 5>([](const OrtCustomOp *) { return "GroupN
 const OrtCustomOp attention =
     describe<3, 3>([](const OrtCustomOp *) { return "Attention"; }, make_attention, run_attention, free);
 
+OrtCustomOpDomain *domain;  // with `api` and `threads`, once all of it is there
+
+OrtStatus *make_domain(const OrtApi *found) {
+    OrtCustomOpDomain *made;
+    TRY(found->CreateCustomOpDomain("sdedit", &made));
+    for (const OrtCustomOp *op : {&conv, &norm, &attention}) {
+        if (OrtStatus *status = found->CustomOpDomain_Add(made, op)) {
+            found->ReleaseCustomOpDomain(made);
+            return status;
+        }
+    }
+    cpu_set_t usable;
+    const bool known = sched_getaffinity(0, sizeof usable, &usable) == 0;  // not of more than 1024 processors
+    threads = known ? CPU_COUNT(&usable) : (int)sysconf(_SC_NPROCESSORS_ONLN);
+    api = found;
+    domain = made;
+    return nullptr;
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Use the best vector unit that this processor has, up to x86-64-v<most>. Which: 4, 3, or 0 for none.
-EXPORT int sdedit_vector_unit(int most) {
+// Has sessions that are opened from now on use the best vector unit that this processor has, x86-64-v<most> at most.
+// Which: 4, 3, or 0 for none.
+EXPORT int sdedit_use_vector_unit(int most) {
     __builtin_cpu_init();
-    const int unit = most >= MOST_UNIT && __builtin_cpu_supports("x86-64-v4")   ? 4
-                     : most >= 3 && __builtin_cpu_supports("x86-64-v3") ? 3
-                                                                                : 0;
+    int unit = 0;
+    if (most >= 4 && __builtin_cpu_supports("x86-64-v4")) unit = 4;
+    else if (most >= 3 && __builtin_cpu_supports("x86-64-v3")) unit = 3;
     best = unit == 4 ? &kernels_v4 : unit == 3 ? &kernels_v3 : nullptr;
     return unit;
 }
 
-// For SessionOptions. The operators stay registered for as long as the process lives.
+// For SessionOptions. The library is not unloaded (-z nodelete), and the operators stay as long as the process lives.
 EXPORT OrtStatus *ORT_API_CALL RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
-    static OrtCustomOpDomain *domain;
     static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-    api = base->GetApi(API);
-    if (!api) return base->GetApi(1)->CreateStatus(ORT_FAIL, "needs ONNX Runtime 1.20");
-    if (!best && !sdedit_vector_unit(MOST_UNIT)) return api->CreateStatus(ORT_FAIL, "needs a processor with AVX2");
+    const OrtApi *found = base->GetApi(API);
+    if (!found) return base->GetApi(1)->CreateStatus(ORT_FAIL, "sdedit's operators need ONNX Runtime 1.20 or later");
     OrtStatus *status = nullptr;
     pthread_mutex_lock(&mutex);
-    if (!domain) {
-        cpu_set_t usable;
-        threads = sched_getaffinity(0, sizeof usable, &usable) == 0 ? CPU_COUNT(&usable) : 1;
-        status = api->CreateCustomOpDomain("sdedit", &domain);
-        if (!status) status = api->CustomOpDomain_Add(domain, &conv);
-        if (!status) status = api->CustomOpDomain_Add(domain, &norm);
-        if (!status) status = api->CustomOpDomain_Add(domain, &attention);
+    if (!best && !sdedit_use_vector_unit(BEST_UNIT)) {
+        status = found->CreateStatus(ORT_FAIL, "sdedit's operators need a processor with AVX2");
+    } else if (!domain) {
+        status = make_domain(found);
+    } else if (found != api) {
+        status = found->CreateStatus(ORT_FAIL, "another ONNX Runtime in this process has sdedit's operators");
     }
     pthread_mutex_unlock(&mutex);
-    return status ? status : api->AddCustomOpDomain(options, domain);
+    return status ? status : found->AddCustomOpDomain(options, domain);
 }

@@ -1,8 +1,8 @@
 """Build the operators that the package ships: python -m sdedit.operators.ship [-o FOLDER] [--headers FOLDER]
 
-For developers, on Linux and x86-64 with g++ 12 or later and ONNX Runtime's C headers; running the engine needs neither.
-Writes liboperators.so, which is linked against the C library alone, of 2011 or later, and liboperators.json, which says
-from what it was made.
+For developers, on Linux and x86-64 with g++ 12 or later and the C headers of ONNX Runtime 1.20 or later; running the
+engine needs neither. Writes liboperators.so, which is linked against the C library alone, of 2011 or later, and
+liboperators.json, which says from what it was made.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from sdedit.operators.shipped import LIBRARY
 FOLDER = LIBRARY.parent
 MANIFEST = "liboperators.json"
 SOURCES = ("operators.cpp", "kernels.cpp", "kernels.h", "vectors.h", "convolution.h", "group_norm.h", "attention.h")
-UNITS = ("v3", "v4")
-FLAGS = (
+UNITS = {unit: [f"-march=x86-64-{unit}", f"-DKERNELS=kernels_{unit}"] for unit in ("v3", "v4")}
+FLAGS = [
     "-std=c++17", "-O3", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
     "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi",
-)  # fmt: skip
-LINK = ("-shared", "-s", "-static-libgcc", "-Wl,-z,defs", "-Wl,-z,now", "-Wl,--build-id=none")
+]  # fmt: skip
+LINK = ["-shared", "-s", "-static-libgcc", "-Wl,-z,defs", "-Wl,-z,now", "-Wl,-z,nodelete", "-Wl,--build-id=none"]
 HEADERS = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime")
 
 
@@ -39,21 +39,20 @@ def headers() -> Path | None:
     return next((Path(one) for one in HEADERS if (Path(one) / "onnxruntime_c_api.h").is_file()), None)
 
 
-def ship(folder: Path, include: Path, compiler: str = "g++") -> dict[str, Any]:
+def ship(folder: Path, include: Path) -> dict[str, Any]:
     """Write liboperators.so and liboperators.json to `folder`. The manifest. Raises SdeditError."""
     with tempfile.TemporaryDirectory() as scratch:
         objects = [f"{scratch}/operators.o"]
-        _run(compiler, *FLAGS, f"-I{include}", "-c", FOLDER / "operators.cpp", "-o", objects[0])
-        for unit in UNITS:
+        _run("g++", *FLAGS, f"-I{include}", "-c", FOLDER / "operators.cpp", "-o", objects[0])
+        for unit, told in UNITS.items():
             objects.append(f"{scratch}/{unit}.o")
-            told = (f"-march=x86-64-{unit}", f"-DKERNELS=kernels_{unit}")
-            _run(compiler, *FLAGS, *told, "-c", FOLDER / "kernels.cpp", "-o", objects[-1])
-        _run("gcc" if compiler == "g++" else compiler, *LINK, "-o", folder / LIBRARY.name, *objects)
+            _run("g++", *FLAGS, *told, "-c", FOLDER / "kernels.cpp", "-o", objects[-1])
+        _run("gcc", *LINK, "-o", folder / LIBRARY.name, *objects)
     manifest = {
         "source_sha256": source_sha256(),
         "library_sha256": hashlib.sha256((folder / LIBRARY.name).read_bytes()).hexdigest(),
-        "compiler": f"{compiler} {_run(compiler, '-dumpfullversion').strip()}",
-        "flags": [*FLAGS, *LINK],
+        "compiler": f"g++ {_run('g++', '-dumpfullversion').strip()}",
+        "flags": {"all": FLAGS, "kernels.cpp": UNITS, "link": LINK},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
     return manifest

@@ -28,8 +28,8 @@ def library() -> Path | None:
 
 @cache
 def version() -> str:
-    """Which library this is, for records: the bytes of its results may change with it."""
-    return hashlib.sha256(LIBRARY.read_bytes()).hexdigest()[:12]
+    """Which library and vector unit these are, for records: the bytes of results may change with them."""
+    return f"{hashlib.sha256(LIBRARY.read_bytes()).hexdigest()[:12]} {UNITS[_vector_unit()]}"
 
 
 def vector_unit() -> str:
@@ -41,6 +41,6 @@ def vector_unit() -> str:
 def _vector_unit() -> int:
     """A key of UNITS; 0 where there is none of them."""
     try:
-        return int(ctypes.CDLL(str(LIBRARY)).sdedit_vector_unit(max(UNITS)))
+        return int(ctypes.CDLL(str(LIBRARY)).sdedit_use_vector_unit(max(UNITS)))
     except OSError:  # another system or processor
         return 0
