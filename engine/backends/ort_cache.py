@@ -42,8 +42,8 @@ Identity = dict[str, Any]
 def open_session(artifact: Artifact, open_with: Open) -> tuple[Any, bool]:
     """A session of the artifact, from the cache where it can be, and whether it has this package's operators.
 
-    Raises what `open_with` raises for the artifact, ArtifactError where its file was replaced meanwhile, OptionError for
-    a variable of the operators that is wrong.
+    Raises what `open_with` raises for the artifact, ArtifactError where its file was replaced meanwhile, OptionError
+    where SDEDIT_OPERATORS is wrong.
     """
     shipped.library()  # for its error
     if artifact.size_bytes < LEAST_BYTES:
