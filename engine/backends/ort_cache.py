@@ -31,7 +31,7 @@ from sdedit.operators import shipped
 FORMAT = 2  # of the entries; another when the options of `keep` change
 VARIABLE = "SDEDIT_GRAPH_CACHE"
 LEAST_BYTES = 2**20  # a smaller artifact is opened sooner than it is looked up, or looked through for operators
-MOST_BYTES = 4 * 2**30  # of all entries; the least recently used ones go first
+MOST_BYTES = 4 * 2**30  # of all entries; the least recently used ones go first, and half of it is too much for one
 STALE_SECONDS = 3600  # what a killed process left half-written goes after this
 ENTRY, SCRATCH = "entry.json", ".new-"
 FILES = (GRAPH, WEIGHTS)
@@ -46,7 +46,7 @@ def open_session(artifact: Artifact, open_with: Open) -> tuple[Any, bool]:
     where SDEDIT_OPERATORS is wrong.
     """
     shipped.library()  # for its error
-    if artifact.size_bytes < LEAST_BYTES:
+    if not LEAST_BYTES <= artifact.size_bytes <= MOST_BYTES // 2:
         return open_with(None, None), False
     opened = None
     if (found := _entry(artifact)) is not None:
@@ -100,7 +100,7 @@ def _entry(artifact: Artifact) -> tuple[Path, Identity] | None:
     """
     import onnxruntime
 
-    if os.environ.get(VARIABLE) == "off" or artifact.size_bytes > MOST_BYTES // 2:
+    if os.environ.get(VARIABLE) == "off":
         return None
     identity = {
         "format": FORMAT,
