@@ -1,7 +1,8 @@
 """A graph that ONNX Runtime has optimised, with this package's operators (operators/) in the place of its own nodes.
 
-What is looked for is how PyTorch's exporter writes a convolution with what is added to it, and a group norm with what
-follows: Reshape, InstanceNormalization, Reshape, Mul, Add; a modulation by the noise level's embedding; SiLU.
+What is looked for is how PyTorch's exporter writes a convolution with what is added to it; a group norm with what
+follows: Reshape, InstanceNormalization, Reshape, Mul, Add, a modulation by the noise level's embedding, SiLU; and
+attention.
 """
 
 import struct
@@ -86,8 +87,9 @@ class _Node:
                 return parts
         return []
 
-    @cached_property
+    @property
     def has_graphs(self) -> bool:
+        """Whether an attribute is a graph, or several."""
         return any(number in (6, 11) for attribute in self._attributes for number, _ in fields(attribute))
 
 
@@ -181,7 +183,7 @@ class _Graph:
 
 
 def _group_norm(graph: _Graph, norm: _Node) -> None:
-    """x -> (n, groups, all) -> normalised -> as x -> * scale -> + shift (-> * then_scale -> + then_shift) (-> SiLU)"""
+    """x -> (n, groups, all) -> normalised -> as x -> * scale -> + shift (-> * and + of the modulation) (-> SiLU)"""
     if norm.operator != "InstanceNormalization" or (flat := graph.maker(norm.inputs[0], "Reshape")) is None:
         return
     back = graph.user(norm, "Reshape")

@@ -11,7 +11,8 @@ inline attention_layout lay_out_attention(const attention_call &call) {
     l.blocks = (call.queries + QUERIES - 1) / QUERIES;
     l.key_floats = (size_t)groups_of(call.keys) * ROWS * call.depth;
     l.head_floats = l.key_floats + (size_t)groups_of(call.values) * ROWS * call.keys;
-    l.block_floats = (size_t)QUERIES * (call.depth + (size_t)groups_of(call.keys) * ROWS + groups_of(call.values) * ROWS);
+    l.block_floats =
+        (size_t)QUERIES * (call.depth + (size_t)groups_of(call.keys) * ROWS + groups_of(call.values) * ROWS);
     return l;
 }
 
@@ -42,7 +43,8 @@ inline void attend(const attention_call &call, const attention_layout &l, int he
     float *query = own, *scores = query + (size_t)call.depth * QUERIES;
     float *sums = scores + (size_t)groups_of(call.keys) * ROWS * QUERIES;
     for (int k = 0; k < call.depth; ++k) {
-        for (int j = 0; j < QUERIES; ++j) query[k * QUERIES + j] = j < count ? q[(size_t)j * call.depth + k] * call.scale : 0;
+        for (int j = 0; j < QUERIES; ++j)
+            query[k * QUERIES + j] = j < count ? q[(size_t)j * call.depth + k] * call.scale : 0;
     }
     for (int g = 0; g < groups_of(call.keys); ++g) {
         multiply<2>(packed + (size_t)g * call.depth * ROWS, query, call.depth, scores + (size_t)g * ROWS * QUERIES);

@@ -8,13 +8,13 @@
 constexpr int ROWS = LANES == 16 ? 12 : 6;  // a group: with two vectors of columns, its sums stay in registers
 constexpr int MAX_VECTORS = 2, MAX_BLOCKS = 8;
 constexpr int TILE = 4, WINDOW = 6, PANELS = WINDOW * WINDOW;
-constexpr int MIN_CHANNELS = 8;           // with fewer, the transforms cost more than they spare
+constexpr int MIN_CHANNELS = 8;              // with fewer, the transforms cost more than they spare
 constexpr int64_t CACHE_FLOATS = 256 << 10;  // of L2, for packed inputs
 constexpr int AHEAD = 48;                    // rows of weights that are fetched before they are needed
 constexpr size_t SMALL_FLOATS = 2 << 20;     // weights that are not worth sparing
 
-// The points of the interpolation are 0, +-NEAR, +-FAR and infinity. Of 128 channels of normal numbers the result is off
-// by 1.1e-6 (root mean square) with these, and by 2.2e-6 with the usual 0, +-1, +-2: both against float64.
+// The points of the interpolation are 0, +-NEAR, +-FAR and infinity. Of 128 channels of normal numbers the result is
+// off by 1.1e-6 (root mean square) with these, and by 2.2e-6 with the usual 0, +-1, +-2: both against float64.
 constexpr double NEAR = 0.70710678118654752440, FAR = 1.41421356237309504880;
 constexpr double NEAR2 = NEAR * NEAR, FAR2 = FAR * FAR;
 
@@ -320,7 +320,8 @@ inline void put_line(float *y, const float *sums, const float *add, float consta
 }
 
 // One vector of tiles: m (panels, ROWS, width) -> `count` channels of the output.
-inline void finish_tiles(const conv_call &call, const layout &l, int64_t first, int channel, int count, const float *m) {
+inline void finish_tiles(const conv_call &call, const layout &l, int64_t first, int channel, int count,
+                         const float *m) {
     const conv_shape &s = call.shape;
     for (int o = 0; o < count; ++o, m += l.width) {
         vec lines[TILE][WINDOW];
@@ -351,7 +352,8 @@ inline void finish_tiles(const conv_call &call, const layout &l, int64_t first, 
 }
 
 // m (ROWS, width) -> `count` channels of the output.
-inline void finish_pixels(const conv_call &call, const layout &l, int64_t first, int channel, int count, const float *m) {
+inline void finish_pixels(const conv_call &call, const layout &l, int64_t first, int channel, int count,
+                          const float *m) {
     const conv_shape &s = call.shape;
     const int64_t plane = (int64_t)s.out_h * s.out_w;
     for (int at = 0; at < l.width && first + at < l.columns;) {

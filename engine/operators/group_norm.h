@@ -57,9 +57,11 @@ inline void normalize(const norm_call &call, int64_t unit) {
     for (int c = 0; c < channels; ++c, x += call.plane, y += call.plane) {
         float scale = inverse * call.scale[first + c], shift = call.shift[first + c];
         if (call.modulation_scale) {
-            const float then = call.modulation_scale[image * call.scale_image_stride + (first + c) * call.scale_channel_stride];
+            const float then =
+                call.modulation_scale[image * call.scale_image_stride + (first + c) * call.scale_channel_stride];
             scale *= then;
-            shift = shift * then + call.modulation_shift[image * call.shift_image_stride + (first + c) * call.shift_channel_stride];
+            shift = shift * then +
+                    call.modulation_shift[image * call.shift_image_stride + (first + c) * call.shift_channel_stride];
         }
         int64_t i = 0;
         if (call.silu) {

@@ -11,9 +11,9 @@ struct conv_shape {
 // y (n, co, out_h, out_w) = the convolution of x (n, ci, h, w) + bias (co) + add
 struct conv_call {
     conv_shape shape;
-    const float *x, *packed, *bias, *add;      // packed: the weights, by pack_weights; bias and add may be null
+    const float *x, *packed, *bias, *add;  // packed: the weights, by pack_weights; bias and add may be null
     size_t add_image_stride, add_channel_stride;
-    bool add_is_constant;                      // one number a channel, not as many as pixels
+    bool add_is_constant;  // one number a channel, not as many as pixels
     float *y;
 };
 
@@ -61,7 +61,8 @@ struct kernels {
     void (*normalize)(const norm_call &, int64_t unit);  // one group of one picture
     attention_layout (*lay_out_attention)(const attention_call &);
     void (*pack_head)(const attention_call &, const attention_layout &, int head, float *packed);
-    void (*attend)(const attention_call &, const attention_layout &, int head, int block, const float *packed, float *own);
+    void (*attend)(const attention_call &, const attention_layout &, int head, int block, const float *packed,
+                   float *own);
 };
 
 extern const kernels kernels_v3, kernels_v4;

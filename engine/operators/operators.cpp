@@ -1,8 +1,9 @@
 // Operators for ONNX Runtime's CPU provider, of domain "sdedit", for float32:
 //
-//   Conv(x, weights, bias?, add?)                          attributes pads, strides; weights are constant
-//   GroupNorm(x, scale, shift, modulation_scale?, modulation_shift?)   attributes groups, epsilon, silu
-//   Attention(q, k, v)                                     attributes scale, keys_are_rows, values_are_rows
+//   Conv(x, weights, bias?, add?)                    attributes pads, strides; weights are constant
+//   GroupNorm(x, scale, shift, modulation_scale?, modulation_shift?)
+//                                                    attributes groups, epsilon, silu
+//   Attention(q, k, v)                               attributes scale, keys_are_rows, values_are_rows
 //
 // As onnxruntime_c_api.h wants it: RegisterCustomOps is what a session is given. They are for graphs that this engine
 // has rewritten; what a graph cannot ask for is an error, not a crash. They tell no shapes before they run: the arena
@@ -18,9 +19,9 @@
 
 #include "kernels.h"
 
-#define TRY(call)                                          \
-    do {                                                   \
-        if (OrtStatus *failure = (call)) return failure;   \
+#define TRY(call)                                        \
+    do {                                                 \
+        if (OrtStatus *failure = (call)) return failure; \
     } while (0)
 
 namespace {
@@ -30,15 +31,15 @@ constexpr int BEST_UNIT = 4;  // x86-64-v4
 
 const OrtApi *api;
 const kernels *best;
-// The cores that this process had when the library was registered: work and memory are cut for as many, also in a session
-// of fewer threads.
+// The cores that this process had when the library was registered: work and memory are cut for as many, also in a
+// session of fewer threads.
 int threads;
 
 OrtStatus *refuse(const char *text) { return api->CreateStatus(ORT_INVALID_GRAPH, text); }
 OrtStatus *no_memory() { return api->CreateStatus(ORT_FAIL, "out of memory"); }
 
-// Calls work(unit, worker) for every unit, in the threads of the session; worker < min(units, threads), and units of one
-// worker do not overlap in time.
+// Calls work(unit, worker) for every unit, in the threads of the session; worker < min(units, threads), and units of
+// one worker do not overlap in time.
 template <class Work>
 OrtStatus *parallel_for(const OrtKernelContext *context, size_t units, Work work) {
     struct {
@@ -201,7 +202,8 @@ OrtStatus *packed_weights(conv_kernel *kernel, const OrtKernelContext *context, 
 }
 
 // A unit packs its own inputs: of large pictures.
-OrtStatus *convolve_units(const OrtKernelContext *context, const kernels &unit, const conv_call &call, const layout &l) {
+OrtStatus *convolve_units(const OrtKernelContext *context, const kernels &unit, const conv_call &call,
+                          const layout &l) {
     const size_t floats = l.blocks * l.block_floats;
     scratch input;
     TRY(input.take(context, floats * (l.units < threads ? l.units : threads)));
@@ -217,7 +219,8 @@ OrtStatus *convolve_units(const OrtKernelContext *context, const kernels &unit, 
 }
 
 // All inputs are packed, then come all products: of small pictures.
-OrtStatus *convolve_at_once(const OrtKernelContext *context, const kernels &unit, const conv_call &call, const layout &l) {
+OrtStatus *convolve_at_once(const OrtKernelContext *context, const kernels &unit, const conv_call &call,
+                            const layout &l) {
     scratch input;
     TRY(input.take(context, l.all_blocks * l.block_floats));
     const int channels = call.shape.ci, pieces = channels < 2 * threads ? 1 : 2 * threads;
@@ -241,7 +244,8 @@ OrtStatus *convolve(conv_kernel *kernel, const OrtKernelContext *context, conv_c
     }
     const layout l = kernel->unit->lay_out(s, threads);
     TRY(packed_weights(kernel, context, s, l, call.packed));
-    return l.at_once ? convolve_at_once(context, *kernel->unit, call, l) : convolve_units(context, *kernel->unit, call, l);
+    return l.at_once ? convolve_at_once(context, *kernel->unit, call, l)
+                     : convolve_units(context, *kernel->unit, call, l);
 }
 
 // y (dims) = a + b, both broadcast along their dimensions of one.
@@ -277,12 +281,13 @@ OrtStatus *ORT_API_CALL run_conv(void *data, OrtKernelContext *context) {
     tensor own = {nullptr, 4, {x.dims[0], weights.dims[0]}};  // the convolution alone
     for (int k = 0; k < 2; ++k) {
         own.dims[2 + k] = (x.dims[2 + k] + pads[k] + pads[2 + k] - weights.dims[2 + k]) / strides[k] + 1;
-        if (x.dims[2 + k] + pads[k] + pads[2 + k] < weights.dims[2 + k]) return refuse("Conv: x is smaller than the kernel");
+        if (x.dims[2 + k] + pads[k] + pads[2 + k] < weights.dims[2 + k])
+            return refuse("Conv: x is smaller than the kernel");
     }
     conv_call call = {};
-    call.shape = {(int)x.dims[0],       (int)x.dims[1],       (int)x.dims[2],       (int)x.dims[3],   (int)own.dims[1],
-                  (int)own.dims[2],     (int)own.dims[3],     (int)weights.dims[2], (int)weights.dims[3],
-                  (int)strides[0],      (int)strides[1],      (int)pads[0],         (int)pads[1]};
+    call.shape = {(int)x.dims[0],   (int)x.dims[1],   (int)x.dims[2],       (int)x.dims[3],       (int)own.dims[1],
+                  (int)own.dims[2], (int)own.dims[3], (int)weights.dims[2], (int)weights.dims[3], (int)strides[0],
+                  (int)strides[1],  (int)pads[0],     (int)pads[1]};
     call.x = x.data, call.bias = bias.data;
     const bool empty = x.dims[0] * own.dims[2] * own.dims[3] == 0;
     if (!add.data) {
@@ -355,7 +360,8 @@ OrtStatus *ORT_API_CALL run_norm(void *data, OrtKernelContext *context) {
     TRY(read_input(context, 3, modulation_scale));
     TRY(read_input(context, 4, modulation_shift));
     if (x.rank < 3 || x.dims[1] % kernel->groups) return refuse("GroupNorm: x does not divide into the groups");
-    if (!is_of_channels(scale, x) || !is_of_channels(shift, x)) return refuse("GroupNorm: scale and shift are not (c, 1 ...)");
+    if (!is_of_channels(scale, x) || !is_of_channels(shift, x))
+        return refuse("GroupNorm: scale and shift are not (c, 1 ...)");
     norm_call call = {};
     if (modulation_scale.data) {
         if (!modulation_shift.data || !is_of_pictures(modulation_scale, x) || !is_of_pictures(modulation_shift, x)) {
