@@ -180,9 +180,11 @@ def open_replay(arguments: argparse.Namespace, repeated: "Record") -> tuple["Edi
         threads=repeated.threads,
         provider_options=repeated.provider_options,
     )
-    for package, version in record.versions(editor).items():
-        if (made_with := repeated.versions.get(package)) != version:
-            say(f"{package} is {version}, the record's was {made_with}: the bytes may differ")
+    here = record.versions(editor)
+    for package in sorted(here.keys() | repeated.versions.keys()):
+        version, made_with = here.get(package, "none"), repeated.versions.get(package, "none")
+        if made_with != version:
+            say(f"{package}: {version} here, {made_with} in the record: the bytes may differ")
     record.require_same("model", repeated.artifact_sha256, editor.artifact.sha256)
     return editor, asdict(repeated.options)
 

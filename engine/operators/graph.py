@@ -1,4 +1,4 @@
-"""Write what ort-cpu runs, for hosts in other languages: python -m sdedit.operators.graph MODEL.onnx -o FOLDER
+"""Write what ort-cpu runs, for hosts in other languages: python -m sdedit.operators.graph [MODEL.onnx] -o FOLDER
 
 FOLDER, which must not exist, gets graph.onnx, its graph.weights and liboperators.so. A session registers the library
 (RegisterCustomOpsLibrary), takes the graph as it is (ORT_DISABLE_ALL), and makes the bits that ort-cpu makes here. The
@@ -22,6 +22,7 @@ def write(model: Path, folder: Path) -> None:
 
     if folder.exists():
         raise OutputError(f"{folder}: exists already", hint="choose another name")
+    output.check([folder], force=False, inputs=[])
     probe("ort-cpu")
     backend = OrtBackend(artifact.read(model), "ort-cpu", None)
     with output.writing(folder), tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as scratch:
@@ -37,8 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m sdedit.operators.graph", description="Write what ort-cpu runs, for hosts in other languages."
     )
-    parser.add_argument("model", metavar="MODEL.onnx", type=Path)
-    parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True)
+    parser.add_argument(
+        "model", metavar="MODEL.onnx", nargs="?", type=Path, default=artifact.BUNDLED, help="default: the bundled one"
+    )
+    parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="one that is not there yet")
     arguments = parser.parse_args()
     try:
         write(arguments.model, arguments.output)

@@ -15,7 +15,7 @@ from sdedit.errors import OptionError
 VARIABLE = "SDEDIT_OPERATORS"
 LIBRARY = Path(__file__).with_name("liboperators.so")
 UNITS = {4: "AVX-512", 3: "AVX2"}  # x86-64-v4, x86-64-v3
-NONE = "none"
+OFF, NONE = f"off, by {VARIABLE}", "none: they are for Linux on x86-64 with AVX2"
 
 
 def library() -> Path | None:
@@ -33,8 +33,10 @@ def version() -> str:
 
 
 def vector_unit() -> str:
-    """What the operators are computed with here; "none" where ONNX Runtime does it all. Raises OptionError."""
-    return NONE if library() is None else UNITS[_vector_unit()]
+    """What the operators are computed with here, or why ONNX Runtime does it all. Raises OptionError."""
+    if library() is not None:
+        return UNITS[_vector_unit()]
+    return OFF if _vector_unit() else NONE
 
 
 @cache
