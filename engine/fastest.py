@@ -251,7 +251,7 @@ def _identity(models: Sequence[Artifact], backend: str, precision: str | None, t
         "cpu": [sys.platform, platform.machine(), *cpu.identity()],
         "gpu": _gpu(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "operators": shipped.version() if shipped.library() else None,
+        "operators": shipped.version() if shipped.usable_library() else None,
         "tolerances": verify.TOLERANCES,
     }
 

@@ -45,7 +45,7 @@ def open_session(artifact: Artifact, open_with: Open) -> tuple[Any, bool]:
     Raises what `open_with` raises for the artifact, ArtifactError where its file was replaced meanwhile, OptionError
     where SDEDIT_OPERATORS is wrong.
     """
-    shipped.library()  # for its error
+    shipped.usable_library()  # for its error
     if not LEAST_BYTES <= artifact.size_bytes <= MOST_BYTES // 2:
         return open_with(None, None), False
     opened = None
@@ -106,7 +106,7 @@ def _entry(artifact: Artifact) -> tuple[Path, Identity] | None:
         "format": FORMAT,
         "artifact": artifact.sha256,
         "onnxruntime": [onnxruntime.__version__, onnxruntime.get_build_info()],
-        "operators": [shipped.version(), ort_fusion.FORMAT] if shipped.library() else None,
+        "operators": [shipped.version(), ort_fusion.FORMAT] if shipped.usable_library() else None,
         "cpu": [sys.platform, platform.machine(), *cpu.identity()],
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

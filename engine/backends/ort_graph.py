@@ -33,7 +33,7 @@ def open_fused(artifact: Artifact, open_with: Open, scratch: Path, kept: Path | 
     scratch: a folder; kept: one to make, for what the session can be opened from again.
     Raises what `open_with` raises, OSError and ValueError.
     """
-    if shipped.library() is None:
+    if shipped.usable_library() is None:
         return None
     own = scratch / "portable"
     plain = open_with(None, keep(own, portable=True))
@@ -73,7 +73,7 @@ def keep(folder: Path, portable: bool = False) -> Change:
 
 def know_operators(options: Any) -> None:
     """Let the session have this package's operators, where there are any for this machine."""
-    if (library := shipped.library()) is not None:
+    if (library := shipped.usable_library()) is not None:
         options.register_custom_ops_library(str(library))
 
 

@@ -18,7 +18,7 @@ UNITS = {4: "AVX-512", 3: "AVX2"}  # x86-64-v4, x86-64-v3
 OFF, NONE = f"off, by {VARIABLE}", "none: they are for Linux on x86-64 with AVX2"
 
 
-def library() -> Path | None:
+def usable_library() -> Path | None:
     """What a session is to register; None where ONNX Runtime does it all itself. Raises OptionError (the variable)."""
     wanted = os.environ.get(VARIABLE) or "on"
     if wanted not in ("on", "off"):
@@ -34,7 +34,7 @@ def version() -> str:
 
 def vector_unit() -> str:
     """What the operators are computed with here, or why ONNX Runtime does it all. Raises OptionError."""
-    if library() is not None:
+    if usable_library() is not None:
         return UNITS[_vector_unit()]
     return OFF if _vector_unit() else NONE
 
