@@ -97,6 +97,10 @@ def precisions(name: str, model: "Artifact | Plan") -> tuple[str, ...]:
         from sdedit.backends import openvino
 
         return openvino.precisions(model)
+    if name == "ort-cpu" and isinstance(model, Artifact):
+        from sdedit.backends import ort
+
+        return ort.precisions(model)
     if name == "ort-cuda" and isinstance(model, Artifact):
         from sdedit.backends import ort_gpu
 
@@ -129,8 +133,10 @@ def _open(
     if precision is not None and precision not in (can := precisions(name, model)):
         require_known(precision)
         own = model if isinstance(model, Artifact) else model.artifact
-        hint = "name a model of that precision, or leave --precision out; --backend openvino runs fp32 models in bf16 "
-        hint += "on a CPU that has it"
+        hint = (
+            "name a model of that precision, or leave --precision out; fp32 models run in fp16 with --backend ort-cpu "
+        )
+        hint += "and in bf16 with --backend openvino, on a CPU that has it"
         raise BackendUnavailable(
             f"precision {precision} was asked for; {own.name} is {own.precision}, and {name} runs it in "
             f"{' or '.join(can)} alone",
@@ -149,7 +155,7 @@ def _open(
 
         if provider_options:
             raise OptionError("ort-cpu takes no provider options", hint="name ort-cuda or ort-tensorrt")
-        return OrtBackend(model, name, threads)
+        return OrtBackend(model, name, threads, precision)
     if name == "openvino":
         from sdedit.backends.openvino import OpenVinoBackend
 

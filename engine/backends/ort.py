@@ -55,6 +55,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def precisions(artifact: Artifact) -> tuple[str, ...]:
+    """What ort-cpu can run this artifact in here, its own first: a float32 one also in half precision."""
+    if artifact.precision == "fp32" and ort_cache.takes(artifact) and shipped.has_half():
+        return "fp32", "fp16"
+    return (artifact.precision,)
+
+
 def give_back_memory() -> None:
     """Let the system have what was freed. glibc keeps it: 950 MB after a session of 114 million weights."""
     with suppress(OSError, AttributeError, TypeError):  # another C library
@@ -75,13 +82,16 @@ def model_source(artifact: Artifact) -> str | bytes:
 
 
 class OrtBackend:
-    """An ONNX Runtime session. `threads`: for the CPU provider; None is every core this process may use."""
+    """An ONNX Runtime session. `threads`: for the CPU provider; None is every core this process may use.
 
-    def __init__(self, artifact: Artifact, name: str, threads: int | None) -> None:
+    precision: one of `precisions`; None is the artifact's own.
+    """
+
+    def __init__(self, artifact: Artifact, name: str, threads: int | None, precision: str | None = None) -> None:
         import onnxruntime
 
         self.name, self.provider = name, PROVIDERS[name]
-        self.precision, self.usual_batch = artifact.precision, USUAL_BATCH
+        self.precision, self.usual_batch = precision or artifact.precision, USUAL_BATCH
         self.threads = min(usable_cores(), MOST_THREADS) if threads is None else threads
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
         self.takes_windows = name == "ort-cpu"
@@ -115,7 +125,7 @@ class OrtBackend:
         try:
             if "operators" in self.versions:
                 with tempfile.TemporaryDirectory() as scratch:
-                    made = open_fused(self._artifact, self._open_file, Path(scratch), folder)
+                    made = open_fused(self._artifact, self._open_file, Path(scratch), folder, half=self._half)
         except (OSError, SdeditError):
             raise
         except Exception as error:  # onnxruntime raises its own kinds
@@ -135,9 +145,18 @@ class OrtBackend:
         self._session = None
         give_back_memory()
 
+    @property
+    def _half(self) -> bool:
+        return self.name == "ort-cpu" and self.precision != self._artifact.precision
+
     def _open(self) -> Any:
         """The session. Raises whatever ONNX Runtime raises."""
-        session, fused = ort_cache.open_session(self._artifact, self._open_file)
+        session, fused = ort_cache.open_session(self._artifact, self._open_file, half=self._half)
+        if self._half and not fused:
+            raise BackendUnavailable(
+                f"{self._artifact.path}: ort-cpu can compute none of its convolutions in half precision",
+                hint="leave --precision out",
+            )
         if fused:
             self.versions = {**self.versions, "operators": shipped.version()}
         return session

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -39,32 +40,42 @@ FILES = (GRAPH, WEIGHTS)
 Identity = dict[str, Any]
 
 
-def open_session(artifact: Artifact, open_with: Open) -> tuple[Any, bool]:
+def takes(artifact: Artifact) -> bool:
+    """Whether the artifact is of a size that is worth the cache and this package's operators, and has room there."""
+    return LEAST_BYTES <= artifact.size_bytes <= MOST_BYTES // 2
+
+
+def open_session(artifact: Artifact, open_with: Open, *, half: bool = False) -> tuple[Any, bool]:
     """A session of the artifact, from the cache where it can be, and whether it has this package's operators.
 
+    half: those in half precision.
     Raises what `open_with` raises for the artifact, ArtifactError where its file was replaced meanwhile, OptionError
     where SDEDIT_OPERATORS is wrong.
     """
     shipped.usable_library()  # for its error
-    if not LEAST_BYTES <= artifact.size_bytes <= MOST_BYTES // 2:
+    if not takes(artifact):
         return open_with(None, None), False
     opened = None
-    if (found := _entry(artifact)) is not None:
+    fused = partial(open_fused, artifact, open_with, half=half)
+    if (found := _entry(artifact, half)) is not None:
         entry, identity = found
-        opened = _opened_whole(entry, identity, open_with) or _opened_and_kept(entry, identity, artifact, open_with)
+        opened = _opened_whole(entry, identity, open_with)
+        opened = opened or _opened_and_kept(entry, identity, artifact, open_with, fused)
     if opened is None:
-        opened = _opened_alone(artifact, open_with)
+        opened = _opened_alone(open_with, fused)
         artifact.require_unchanged()
     return opened
 
 
-def _opened_and_kept(entry: Path, identity: Identity, artifact: Artifact, open_with: Open) -> tuple[Any, bool] | None:
+def _opened_and_kept(
+    entry: Path, identity: Identity, artifact: Artifact, open_with: Open, open_fused: Callable[..., Any]
+) -> tuple[Any, bool] | None:
     """None where it cannot be kept, or not be opened."""
     with suppress(OSError):
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=entry.parent, ignore_cleanup_errors=True) as scratch:
             made = Path(scratch) / "fused"
-            session = fused = _quietly(open_fused, artifact, open_with, Path(scratch), made)
+            session = fused = _quietly(open_fused, Path(scratch), made)
             if session is None:
                 made = Path(scratch) / "own"
                 session = _quietly(open_with, None, keep(made))
@@ -77,10 +88,10 @@ def _opened_and_kept(entry: Path, identity: Identity, artifact: Artifact, open_w
     return None
 
 
-def _opened_alone(artifact: Artifact, open_with: Open) -> tuple[Any, bool]:
+def _opened_alone(open_with: Open, open_fused: Callable[..., Any]) -> tuple[Any, bool]:
     """Where nothing is kept."""
     with suppress(OSError), tempfile.TemporaryDirectory(prefix="sdedit-", ignore_cleanup_errors=True) as scratch:
-        if (session := _quietly(open_fused, artifact, open_with, Path(scratch))) is not None:
+        if (session := _quietly(open_fused, Path(scratch))) is not None:
             return session, True
     return open_with(None, None), False
 
@@ -93,7 +104,7 @@ def _quietly(work: Callable[..., Any], *given: Any) -> Any:
         return None
 
 
-def _entry(artifact: Artifact) -> tuple[Path, Identity] | None:
+def _entry(artifact: Artifact, half: bool) -> tuple[Path, Identity] | None:
     """The folder of its entry, and all that shapes an optimised graph.
 
     None where none is kept, or ONNX Runtime could not be told the folder's name, which must be text.
@@ -106,7 +117,7 @@ def _entry(artifact: Artifact) -> tuple[Path, Identity] | None:
         "format": FORMAT,
         "artifact": artifact.sha256,
         "onnxruntime": [onnxruntime.__version__, onnxruntime.get_build_info()],
-        "operators": [shipped.version(), ort_fusion.FORMAT] if shipped.usable_library() else None,
+        "operators": [shipped.version(), ort_fusion.FORMAT, half] if shipped.usable_library() else None,
         "cpu": [sys.platform, platform.machine(), *cpu.identity()],
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -19,21 +19,23 @@ GRAPH, OPSET = 7, 8  # of a ModelProto
 GELU, PRODUCTS = "com.microsoft.QuickGelu", ("MatMul", "com.microsoft.FusedMatMul")
 OTHER_FLAGS = ("transA", "transBatchA", "transBatchB")  # of a FusedMatMul, beside transB
 FLOAT, INT64 = 1, 7  # of a TensorProto's data_type
+HEADS_OUT, KEYS_OUT, VALUES_OUT = (0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 3, 1)  # of (n, rows, heads, columns)
 
 
-def fuse(model: bytes) -> bytes | None:
+def fuse(model: bytes, *, half: bool = False) -> bytes | None:
     """The same network with this package's operators; None where it has no use for them.
 
+    half: its convolutions in half precision; None where none is fused.
     Raises ValueError where `model` is no ONNX model, IndexError or StopIteration where it is not a valid one.
     """
     parts = list(fields(memoryview(model)))
-    graph = _Graph(next(value for number, value in parts if number == GRAPH))
+    graph = _Graph(next(value for number, value in parts if number == GRAPH), half)
     if any(node.has_graphs for node in graph.nodes):  # whose insides may use what would be taken away
         return None
     for match in (_group_norm, _convolution, _attention):
         for node in list(graph.nodes):
             match(graph, node)
-    if not graph.fused:
+    if not graph.fused or (half and not graph.has_half):
         return None
     opset = field(OPSET, field(1, DOMAIN.encode()) + field(2, 1))
     return b"".join(field(n, graph.written() if n == GRAPH else value) for n, value in parts) + opset
@@ -120,7 +122,8 @@ class _Constant:
 class _Graph:
     """A GraphProto: its nodes, in their order, and who makes and uses what."""
 
-    def __init__(self, data: Value) -> None:
+    def __init__(self, data: Value, half: bool) -> None:
+        self.half, self.has_half = half, False
         self.nodes: list[_Node] = []
         self.constants: dict[str, _Constant] = {}
         self.fused: dict[int, bytes] = {}  # id of the last node of a match -> what stands in its place
@@ -230,11 +233,16 @@ def _convolution(graph: _Graph, conv: _Node) -> None:
     inputs, last = list(conv.inputs), conv
     if (added := graph.user(conv, "Add")) is not None and (other := _other(added, conv.output)) not in graph.constants:
         inputs, last = [*inputs, *[""] * (3 - len(inputs)), other], added
-    graph.replace(last, "Conv", inputs, pads=pads, strides=strides)
+    graph.has_half = graph.half
+    graph.replace(last, "Conv", inputs, pads=pads, strides=strides, half=(int(graph.half),))
 
 
 def _attention(graph: _Graph, softmax: _Node) -> None:
-    """Product -> Softmax -> product, as scaled dot-product attention has them."""
+    """Product -> Softmax -> product, as scaled dot-product attention has them.
+
+    With the transpositions around it that bring (n, rows, heads, columns) to (n, heads, rows, columns) and back, and
+    the roots by which q and k are multiplied.
+    """
     if softmax.operator != "Softmax" or softmax.integers("axis", (-1,)) != (-1,):
         return
     scores = graph.maker(softmax.inputs[0], *PRODUCTS)
@@ -244,12 +252,30 @@ def _attention(graph: _Graph, softmax: _Node) -> None:
     others = [product.integers(flag, (0,)) for product in (scores, result) for flag in OTHER_FLAGS]
     if result.inputs[0] != softmax.output or set(others) != {(0,)} or result.number("alpha", 1.0) != 1.0:
         return
+    keys_are_rows, values_are_columns = (product.integers("transB", (0,)) == (1,) for product in (scores, result))
+    scale, inputs = scores.number("alpha", 1.0), [*scores.inputs, result.inputs[1]]
+    orders = HEADS_OUT, HEADS_OUT if keys_are_rows else KEYS_OUT, VALUES_OUT if values_are_columns else HEADS_OUT
+    factors = ["", ""]
+    inner = []
+    for number, (name, order) in enumerate(zip(inputs, orders, strict=True)):
+        if number < 2 and (factor := graph.maker(name, "Mul")) is not None:
+            root = next((one for one in factor.inputs if graph.maker(one, "Sqrt") is not None), None)
+            if root is not None:
+                factors[number], name = root, _other(factor, root)
+        outer = graph.maker(name, "Transpose")
+        if outer is not None and outer.integers("perm", ()) == order:
+            inner.append(outer.inputs[0])
+    last = graph.user(result, "Transpose")
+    inside = len(inner) == 3 and last is not None and last.integers("perm", ()) == HEADS_OUT
+    if inside:
+        assert last is not None
+        result, inputs = last, [*inner, *factors]
     told = {
-        "keys_are_rows": scores.integers("transB", (0,)),
-        "values_are_rows": (1 - result.integers("transB", (0,))[0],),
+        "keys_are_rows": (int(keys_are_rows or inside),),
+        "values_are_rows": (int(inside or not values_are_columns),),
+        "heads_inside": (int(inside),),
     }
-    inputs = [*scores.inputs, result.inputs[1]]
-    graph.replace(result, "Attention", inputs, scale=scores.number("alpha", 1.0), **told)
+    graph.replace(result, "Attention", inputs, scale=scale, **told)
 
 
 def _is_of_channels(graph: _Graph, name: str) -> bool:

@@ -20,6 +20,7 @@ SIGMA, SEEDS = 1.0, (0, 1)  # of the pictures that both are tried on
 # The most by which they may differ, as a part of the picture (root mean squares): rounding. In int8 a number that falls
 # on the other side of a boundary moves by a whole step of 256: 0.01 has been seen with a U-Net of 155 layers.
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2, "int8": 1e-1}
+HALF_TOLERANCE = 5e-2  # where the network is float32 and its convolutions are not
 
 _agreed: set[tuple[str, str, str]] = set()  # what need not be tried again in this process
 
@@ -27,17 +28,20 @@ Change = Callable[[Any], None]  # sets what is special in SessionOptions
 Open = Callable[[str | None, Change | None], Any]  # opens a file, None for the artifact itself, as a session
 
 
-def open_fused(artifact: Artifact, open_with: Open, scratch: Path, kept: Path | None = None) -> Any:
+def open_fused(
+    artifact: Artifact, open_with: Open, scratch: Path, kept: Path | None = None, *, half: bool = False
+) -> Any:
     """A session with this package's operators; None where there is no use for them.
 
-    scratch: a folder; kept: one to make, for what the session can be opened from again.
+    scratch: a folder; kept: one to make, for what the session can be opened from again. half: with convolutions in half
+    precision, for a float32 artifact; None where it has none.
     Raises what `open_with` raises, OSError and ValueError.
     """
     if shipped.usable_library() is None:
         return None
     own = scratch / "portable"
     plain = open_with(None, keep(own, portable=True))
-    fused = fuse((own / GRAPH).read_bytes())
+    fused = fuse((own / GRAPH).read_bytes(), half=half)
     if fused is None:
         return None
     (own / GRAPH).write_bytes(fused)
@@ -47,8 +51,8 @@ def open_fused(artifact: Artifact, open_with: Open, scratch: Path, kept: Path | 
     session = open_with(str(own / GRAPH), know_operators if kept is None else keep(kept))
     if expected is not None:
         with np.errstate(all="ignore"):  # of a network that gives Inf or NaN, whose graph is left as it is
-            most = TOLERANCES.get(artifact.precision, 0) * np.linalg.norm(expected)
-            if not np.linalg.norm(_tried(session, artifact) - expected) <= most:
+            most = HALF_TOLERANCE if half else TOLERANCES.get(artifact.precision, 0)
+            if not np.linalg.norm(_tried(session, artifact) - expected) <= most * np.linalg.norm(expected):
                 return None
         _agreed.add(this)
     return session

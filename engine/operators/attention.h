@@ -16,6 +16,10 @@ inline attention_layout lay_out_attention(const attention_call &call) {
     return l;
 }
 
+inline size_t start_of(const attention_call &call, const head_strides &of, int head) {
+    return head / call.heads * of.picture + head % call.heads * of.head;
+}
+
 // (rows, depth), whose elements lie `row` and `step` floats apart -> (groups, depth, ROWS)
 inline void pack_rows(const float *from, int rows, int depth, size_t row, size_t step, float *packed) {
     for (int first = 0; first < rows; first += ROWS) {
@@ -26,25 +30,24 @@ inline void pack_rows(const float *from, int rows, int depth, size_t row, size_t
     }
 }
 
-// Keys and values of one head.
+// Keys and values of one head of all pictures'.
 inline void pack_head(const attention_call &call, const attention_layout &l, int head, float *packed) {
-    const size_t keys = call.keys, depth = call.depth, values = call.values;
-    const float *k = call.k + head * keys * depth, *v = call.v + head * keys * values;
-    pack_rows(k, call.keys, call.depth, call.keys_are_rows ? depth : 1, call.keys_are_rows ? 1 : keys, packed);
-    packed += l.key_floats;
-    pack_rows(v, call.values, call.keys, call.values_are_rows ? 1 : keys, call.values_are_rows ? values : 1, packed);
+    const head_strides &k = call.of_k, &v = call.of_v;
+    pack_rows(call.k + start_of(call, k, head), call.keys, call.depth, k.row, k.column, packed);
+    pack_rows(call.v + start_of(call, v, head), call.values, call.keys, v.column, v.row, packed + l.key_floats);
 }
 
 // One block of queries of one head, whose keys and values are packed. own: block_floats.
 inline void attend(const attention_call &call, const attention_layout &l, int head, int block, const float *packed,
                    float *own) {
     const int first = block * QUERIES, count = call.queries - first < QUERIES ? call.queries - first : QUERIES;
-    const float *q = call.q + ((size_t)head * call.queries + first) * call.depth;
+    const float *q = call.q + start_of(call, call.of_q, head) + first * call.of_q.row;
     float *query = own, *scores = query + (size_t)call.depth * QUERIES;
     float *sums = scores + (size_t)groups_of(call.keys) * ROWS * QUERIES;
     for (int k = 0; k < call.depth; ++k) {
+        const float *column = q + k * call.of_q.column;
         for (int j = 0; j < QUERIES; ++j)
-            query[k * QUERIES + j] = j < count ? q[(size_t)j * call.depth + k] * call.scale : 0;
+            query[k * QUERIES + j] = j < count ? column[j * call.of_q.row] * call.scale : 0;
     }
     for (int g = 0; g < groups_of(call.keys); ++g) {
         multiply<2>(packed + (size_t)g * call.depth * ROWS, query, call.depth, scores + (size_t)g * ROWS * QUERIES);
@@ -68,10 +71,10 @@ inline void attend(const attention_call &call, const attention_layout &l, int he
         const float *v = packed + l.key_floats + (size_t)g * call.keys * ROWS;
         multiply<2>(v, scores, call.keys, sums + (size_t)g * ROWS * QUERIES);
     }
-    float *y = call.y + ((size_t)head * call.queries + first) * call.values;
+    float *y = call.y + start_of(call, call.of_y, head) + first * call.of_y.row;
     for (int i = 0; i < call.values; ++i) {
         float line[QUERIES];
         for (int n = 0; n < 2; ++n) store(line + n * LANES, load(sums + (size_t)i * QUERIES + n * LANES) * inverse[n]);
-        for (int j = 0; j < count; ++j) y[(size_t)j * call.values + i] = line[j];
+        for (int j = 0; j < count; ++j) y[j * call.of_y.row + i] = line[j];
     }
 }

@@ -5,12 +5,11 @@
 // A column of the matrices is a tile (Winograd) or a pixel of the output; a row is a channel of the output.
 // The sizes here were tuned on two cores of a Xeon with AVX-512 (2 MB of L2) with the networks of the README.
 
-constexpr int ROWS = LANES == 16 ? 12 : 6;  // a group: with two vectors of columns, its sums stay in registers
 constexpr int MAX_VECTORS = 2, MAX_BLOCKS = 8;
 constexpr int TILE = 4, WINDOW = 6, PANELS = WINDOW * WINDOW;
 constexpr int MIN_CHANNELS = 8;              // with fewer, the transforms cost more than they spare
 constexpr int64_t CACHE_FLOATS = 256 << 10;  // of L2, for packed inputs
-constexpr int AHEAD = 48;                    // rows of weights that are fetched before they are needed
+constexpr int CHANNELS_AHEAD = 2;            // of the input, that are fetched before they are needed
 constexpr size_t SMALL_FLOATS = 2 << 20;     // weights that are not worth sparing
 
 // The points of the interpolation are 0, +-NEAR, +-FAR and infinity. Of 128 channels of normal numbers the result is
@@ -56,38 +55,80 @@ inline void transform_weights(const double *g, int g_step, double *out, int out_
 }
 
 inline int groups_of(const conv_shape &s) { return (s.co + ROWS - 1) / ROWS; }
-inline int depth_of(const conv_shape &s, bool winograd) { return winograd ? s.ci : s.ci * s.kernel_h * s.kernel_w; }
-inline size_t packed_floats(const conv_shape &s, bool winograd) {
-    return (size_t)(winograd ? PANELS : 1) * groups_of(s) * ROWS * depth_of(s, winograd);
+
+inline int rows_of(const conv_shape &s, bool winograd) { return winograd ? s.ci : s.ci * s.kernel_h * s.kernel_w; }
+inline int depth_of(const conv_shape &s, bool winograd, bool half) {
+    const int rows = rows_of(s, winograd);
+    return half ? (rows + 1) / 2 : rows;
+}
+inline size_t packed_floats(const conv_shape &s, bool winograd, bool half) {
+    const size_t columns = (size_t)groups_of(s) * ROWS;
+    return columns * (winograd ? PANELS : 1) * depth_of(s, winograd, half) + (half ? columns : 0);
 }
 
-// One group of (co, ci, kh, kw) -> (groups, panels, depth, ROWS).
-inline void pack_weights(const conv_shape &s, bool winograd, const float *weights, int group, float *packed) {
-    const int depth = depth_of(s, winograd), taps = s.kernel_h * s.kernel_w;
-    const int rows = s.co - group * ROWS < ROWS ? s.co - group * ROWS : ROWS;
-    const size_t panel = (size_t)depth * ROWS;
+// The largest power of two that is not above all of them; 1 where there is none.
+inline float power_below(const float *values, int count) {
+    float most = 0;
+    for (int k = 0; k < count; ++k) {
+        const float size = __builtin_fabsf(values[k]);
+        most = size > most ? size : most;
+    }
+    uint32_t power;
+    memcpy(&power, &most, sizeof power);
+    power &= 0x7f800000;  // its exponent alone
+    memcpy(&most, &power, sizeof most);
+    return most > 0 ? most : 1;
+}
+
+// Row k of packed weights. In halves it is the first or the second of a pair.
+inline void put_weights(float *panel, bool half, int k, const double *values) {
+    float *row = panel + (size_t)(half ? k / 2 : k) * ROWS;
+    for (int r = 0; r < ROWS; ++r) {
+        if (half) put_half(row + r, k % 2, (float)values[r]);
+        else row[r] = (float)values[r];
+    }
+}
+
+// One group of (co, ci, kh, kw) -> (groups, panels, depth, ROWS). In halves there follow factors (groups, ROWS), powers
+// of two by which the weights were divided, so that the largest of a channel are near 1/16.
+inline void pack_weights(const conv_shape &s, bool winograd, bool half, const float *weights, int group,
+                         float *packed) {
+    const int rows = rows_of(s, winograd), taps = s.kernel_h * s.kernel_w;
+    const int count = s.co - group * ROWS < ROWS ? s.co - group * ROWS : ROWS;
+    const size_t panel = (size_t)depth_of(s, winograd, half) * ROWS;
     const float *from = weights + (size_t)group * ROWS * s.ci * taps;
-    packed += (size_t)group * (winograd ? PANELS : 1) * panel;
-    if (!winograd) {
-        for (int k = 0; k < depth; ++k) {
-            for (int r = 0; r < ROWS; ++r) packed[(size_t)k * ROWS + r] = r < rows ? from[(size_t)r * depth + k] : 0;
-        }
-        return;
+    float *to = packed + (size_t)group * (winograd ? PANELS : 1) * panel;
+    float divisors[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        divisors[r] = half && r < count ? 16 * power_below(from + (size_t)r * s.ci * taps, s.ci * taps) : 1;
     }
+    if (half) memcpy(packed + groups_of(s) * (winograd ? PANELS : 1) * panel + group * ROWS, divisors, sizeof divisors);
     for (int i = 0; i < s.ci; ++i) {
-        double g[9 * ROWS] = {}, half[3 * WINDOW * ROWS], whole[PANELS * ROWS];
-        for (int r = 0; r < rows; ++r) {
-            for (int k = 0; k < 9; ++k) g[k * ROWS + r] = from[((size_t)r * s.ci + i) * 9 + k];
+        const auto weight = [&](int r, int tap) -> double {
+            return r < count ? from[((size_t)r * s.ci + i) * taps + tap] / divisors[r] : 0;
+        };
+        if (!winograd) {
+            for (int k = 0; k < taps; ++k) {
+                double values[ROWS];
+                for (int r = 0; r < ROWS; ++r) values[r] = weight(r, k);
+                put_weights(to, half, i * taps + k, values);
+            }
+            continue;
         }
-        for (int y = 0; y < 3; ++y) transform_weights(g + 3 * y * ROWS, 1, half + y * WINDOW * ROWS, 1);
-        for (int x = 0; x < WINDOW; ++x) transform_weights(half + x * ROWS, WINDOW, whole + x * ROWS, WINDOW);
-        for (int p = 0; p < PANELS; ++p) {
-            for (int r = 0; r < ROWS; ++r) packed[p * panel + (size_t)i * ROWS + r] = (float)whole[p * ROWS + r];
+        double g[9 * ROWS], lines[3 * WINDOW * ROWS], whole[PANELS * ROWS];
+        for (int k = 0; k < 9; ++k) {
+            for (int r = 0; r < ROWS; ++r) g[k * ROWS + r] = weight(r, k);
         }
+        for (int y = 0; y < 3; ++y) transform_weights(g + 3 * y * ROWS, 1, lines + y * WINDOW * ROWS, 1);
+        for (int x = 0; x < WINDOW; ++x) transform_weights(lines + x * ROWS, WINDOW, whole + x * ROWS, WINDOW);
+        for (int p = 0; p < PANELS; ++p) put_weights(to + p * panel, half, i, whole + p * ROWS);
     }
+    const double nothing[ROWS] = {};
+    for (int p = 0; half && rows % 2 && p < (winograd ? PANELS : 1); ++p)
+        put_weights(to + p * panel, half, rows, nothing);
 }
 
-inline layout lay_out(const conv_shape &s, int threads) {
+inline layout lay_out(const conv_shape &s, bool half, int threads) {
     layout l = {};
     const int tiles = (s.w + TILE - 1) / TILE;
     l.run = LANES;
@@ -97,19 +138,20 @@ inline layout lay_out(const conv_shape &s, int threads) {
     // Of few tiles the products cost less than reading weights that are four times as many. Those of one picture count,
     // so that it has the same bits in every batch.
     const int64_t tiles_each = (int64_t)l.tiles_x * l.tiles_y, all_tiles = s.n * tiles_each;
-    const bool many = tiles_each >= 2 * LANES || (tiles_each >= LANES && packed_floats(s, true) <= SMALL_FLOATS);
+    const bool many = tiles_each >= 2 * LANES || (tiles_each >= LANES && packed_floats(s, true, false) <= SMALL_FLOATS);
     l.winograd = s.kernel_h == 3 && s.kernel_w == 3 && s.stride_y == 1 && s.stride_x == 1 && s.pad_y == 1 &&
                  s.pad_x == 1 && s.out_h == s.h && s.out_w == s.w && s.ci >= MIN_CHANNELS && many;
+    l.half = half;
     l.columns = l.winograd ? all_tiles : (int64_t)s.n * s.out_h * s.out_w;
     l.vectors = l.columns > LANES ? MAX_VECTORS : 1;
     l.width = l.vectors * LANES;
     l.all_blocks = (int)((l.columns + l.width - 1) / l.width);
     l.groups = groups_of(s);
-    l.depth = depth_of(s, l.winograd);
+    l.depth = depth_of(s, l.winograd, l.half);
     l.panels = l.winograd ? PANELS : 1;
     l.panel_floats = (size_t)l.depth * l.width + LANES;  // one vector more: of a power of two, all share a cache set
     l.block_floats = l.panels * l.panel_floats;
-    l.weight_floats = packed_floats(s, l.winograd);
+    l.weight_floats = packed_floats(s, l.winograd, l.half);
     const int64_t room = CACHE_FLOATS / (int64_t)l.block_floats, share = l.all_blocks / (2 * threads);
     const int64_t most = room < share ? room : share;
     l.blocks = most < 1 ? 1 : most > MAX_BLOCKS ? MAX_BLOCKS : (int)most;
@@ -119,38 +161,12 @@ inline layout lay_out(const conv_shape &s, int threads) {
     return l;
 }
 
-// out (ROWS, N vectors) = u (depth, ROWS), transposed, times v (depth, N vectors).
-template <int N>
-inline void multiply(const float *u, const float *v, int depth, float *out) {
-    vec sums[ROWS][N];
-    for (int r = 0; r < ROWS; ++r) {
-        for (int n = 0; n < N; ++n) sums[r][n] = vec{};
-    }
-    for (int k = 0; k < depth; ++k, u += ROWS, v += N * LANES) {
-        vec x[N];
-        __builtin_prefetch(u + AHEAD * ROWS);
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) x[n] = load(v + n * LANES);
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-            for (int n = 0; n < N; ++n) sums[r][n] += u[r] * x[n];
-        }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) store(out + (r * N + n) * LANES, sums[r][n]);
-    }
-}
-
-// Columns of LANES tiles that lie side by side in p, four floats each: s[j] = p[j], p[4 + j], p[8 + j] ...
-inline void take_columns(const float *p, vec s[TILE]) {
+// Columns of LANES tiles that lie side by side in four vectors p, four floats each: s[j] = p[j], p[4 + j], p[8 + j] ...
+inline void take_columns(const vec p[TILE], vec s[TILE]) {
     ivec even, odd;
     for (int i = 0; i < LANES; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
-    const vec a = load(p), b = load(p + LANES), c = load(p + 2 * LANES), d = load(p + 3 * LANES);
-    const vec ab_even = __builtin_shuffle(a, b, even), ab_odd = __builtin_shuffle(a, b, odd);
-    const vec cd_even = __builtin_shuffle(c, d, even), cd_odd = __builtin_shuffle(c, d, odd);
+    const vec ab_even = __builtin_shuffle(p[0], p[1], even), ab_odd = __builtin_shuffle(p[0], p[1], odd);
+    const vec cd_even = __builtin_shuffle(p[2], p[3], even), cd_odd = __builtin_shuffle(p[2], p[3], odd);
     s[0] = __builtin_shuffle(ab_even, cd_even, even);
     s[1] = __builtin_shuffle(ab_odd, cd_odd, even);
     s[2] = __builtin_shuffle(ab_even, cd_even, odd);
@@ -184,47 +200,67 @@ inline void copy_line(float *to, const float *line, int left, int count, int wid
     int k = left >= 0 ? 0 : -left < count ? -left : count;
     const int end = width - left < count ? width - left : count;
     for (int j = 0; j < k; ++j) to[j] = 0;
-    for (; k + 8 <= end; k += 8) memcpy(to + k, line + left + k, 8 * sizeof(float));
+    for (; k + LANES <= end; k += LANES) store(to + k, load(line + left + k));
     for (; k < end; ++k) to[k] = line[left + k];
     for (; k < count; ++k) to[k] = 0;
 }
 
 // A line through the windows of one vector of tiles, as its six columns. x: the channel in picture 0.
 inline void take_line(const conv_shape &s, const layout &l, const float *x, const place *at, int row, vec out[WINDOW]) {
-    constexpr int SPAN = TILE * LANES;
     const size_t image = (size_t)s.ci * s.h * s.w;
-    ivec next;
-    for (int i = 0; i < LANES; ++i) next[i] = i + 1;
-    const int y = at->top - 1 + row, left = at->left - 1;
-    if (l.run == LANES && at->image >= 0 && y >= 0 && y < s.h && left >= 0 && left + SPAN + 2 <= s.w) {
-        const float *p = x + at->image * image + (size_t)y * s.w + left;
-        take_columns(p, out);
-        out[4] = __builtin_shuffle(out[0], all(p[SPAN]), next);
-        out[5] = __builtin_shuffle(out[1], all(p[SPAN + 1]), next);
-        return;
-    }
-    float line[SPAN], ends[2][LANES] = {};
+    const int span = TILE * l.run;
+    ivec lane, next;
+    for (int i = 0; i < LANES; ++i) lane[i] = i, next[i] = i + 1;
     ivec is_end = {};
+    vec parts[TILE], ends[2] = {};  // ends: the two pixels behind each run
     for (int tile = 0; tile < LANES; tile += l.run, ++at) {
-        const int y = at->top - 1 + row, left = at->left - 1, span = TILE * l.run, last = tile + l.run - 1;
-        is_end[last] = -1;
+        vec *part = parts + TILE * tile / LANES;
+        const int y = at->top - 1 + row, left = at->left - 1;
+        const ivec last = lane == tile + l.run - 1;
+        is_end |= last;
         if (at->image < 0 || y < 0 || y >= s.h) {
-            memset(line + TILE * tile, 0, span * sizeof(float));
+            for (int k = 0; k < span / LANES; ++k) part[k] = vec{};
             continue;
         }
-        const float *p = x + at->image * image + (size_t)y * s.w;
-        copy_line(line + TILE * tile, p, left, span, s.w);
-        if (left + span < s.w) ends[0][last] = p[left + span];
-        if (left + span + 1 < s.w) ends[1][last] = p[left + span + 1];
+        float copy[TILE * LANES + 2];
+        const float *from = x + at->image * image + (size_t)y * s.w + left;
+        for (int k = 0; k < span; k += 16) __builtin_prefetch(from + (size_t)CHANNELS_AHEAD * s.h * s.w + k);
+        const bool inside = left + span < s.w;  // but for what is before it, and one pixel behind it
+        if (!inside) {
+            copy_line(copy, from - left, left, span + 2, s.w);
+            from = copy;
+        }
+        part[0] = inside && left < 0 ? __builtin_shuffle(vec{}, load(from + 1), lane + (LANES - 1)) : load(from);
+        for (int k = 1; k < span / LANES; ++k) part[k] = load(from + k * LANES);
+        ends[0] = last ? all(from[span]) : ends[0];
+        if (!inside || left + span + 1 < s.w) ends[1] = last ? all(from[span + 1]) : ends[1];
     }
-    take_columns(line, out);
-    out[4] = is_end ? load(ends[0]) : __builtin_shuffle(out[0], next);
-    out[5] = is_end ? load(ends[1]) : __builtin_shuffle(out[1], next);
+    take_columns(parts, out);
+    out[4] = is_end ? ends[0] : __builtin_shuffle(out[0], next);
+    out[5] = is_end ? ends[1] : __builtin_shuffle(out[1], next);
+}
+
+// The windows of one vector of tiles in a channel, transformed: put(panel, vector) takes each.
+template <class Put>
+inline void transform_windows(const conv_shape &s, const layout &l, const float *x, const place *at, Put put) {
+    vec lines[WINDOW][WINDOW];
+    for (int r = 0; r < WINDOW; ++r) {
+        vec line[WINDOW];
+        take_line(s, l, x, at, r, line);
+        transform_input(line, lines[r]);
+    }
+    for (int c = 0; c < WINDOW; ++c) {
+        vec column[WINDOW], both[WINDOW];
+        for (int r = 0; r < WINDOW; ++r) column[r] = lines[r][c];
+        transform_input(column, both);
+        for (int r = 0; r < WINDOW; ++r) put(r * WINDOW + c, both[r]);
+    }
 }
 
 // Channels [from, to) of `count` vectors of tiles.
 inline void pack_tiles(const conv_call &call, const layout &l, int64_t first, int count, int from, int to, float *v) {
     const conv_shape &s = call.shape;
+    const size_t plane = (size_t)s.h * s.w;
     place places[MAX_BLOCKS * MAX_VECTORS][LANES / 4];
     for (int n = 0; n < count; ++n) {
         for (int k = 0; k < LANES / l.run; ++k) {
@@ -232,21 +268,23 @@ inline void pack_tiles(const conv_call &call, const layout &l, int64_t first, in
             places[n][k] = tile < l.columns ? place_of(l, tile) : place{-1, 0, 0};
         }
     }
-    for (int i = from; i < to; ++i) {
-        const float *x = call.x + (size_t)i * s.h * s.w;
+    for (int i = from; i < to; i += l.half ? 2 : 1) {
+        const float *x = call.x + i * plane;
         for (int n = 0; n < count; ++n) {
-            vec lines[WINDOW][WINDOW];
-            for (int r = 0; r < WINDOW; ++r) {
-                vec line[WINDOW];
-                take_line(s, l, x, places[n], r, line);
-                transform_input(line, lines[r]);
+            const size_t row = l.half ? i / 2 : i;
+            float *out = v + n / l.vectors * l.block_floats + row * l.width + n % l.vectors * LANES;
+            if (!l.half) {
+                transform_windows(s, l, x, places[n], [&](int p, vec one) { store(out + p * l.panel_floats, one); });
+                continue;
             }
-            float *out = v + n / l.vectors * l.block_floats + (size_t)i * l.width + n % l.vectors * LANES;
-            for (int c = 0; c < WINDOW; ++c) {
-                vec column[WINDOW], both[WINDOW];
-                for (int r = 0; r < WINDOW; ++r) column[r] = lines[r][c];
-                transform_input(column, both);
-                for (int r = 0; r < WINDOW; ++r) store(out + (r * WINDOW + c) * l.panel_floats, both[r]);
+            vec firsts[PANELS];
+            transform_windows(s, l, x, places[n], [&](int p, vec one) { firsts[p] = one; });
+            if (i + 1 < s.ci) {
+                transform_windows(s, l, x + plane, places[n], [&](int p, vec second) {
+                    store(out + p * l.panel_floats, in_pairs(firsts[p], second));
+                });
+            } else {
+                for (int p = 0; p < PANELS; ++p) store(out + p * l.panel_floats, in_pairs(firsts[p], vec{}));
             }
         }
     }
@@ -258,27 +296,27 @@ inline void pack_pixels(const conv_call &call, const layout &l, int64_t first, i
     const int taps = s.kernel_h * s.kernel_w;
     const int64_t plane = (int64_t)s.out_h * s.out_w;
     struct {
-        int image, y, x, count;
-        float *to;
+        int image, y, x, count, at;              // at: of the columns here
     } pieces[MAX_BLOCKS * MAX_VECTORS * LANES];  // of one line and one block
     int size = 0;
     for (int at = 0; at < count; at += pieces[size++].count) {
         const int64_t pixel = first + at;
         const int room = l.width - at % l.width;
-        float *out = v + at / l.width * l.block_floats + at % l.width;
         if (pixel >= l.columns) {
-            pieces[size] = {-1, 0, 0, room, out};
+            pieces[size] = {-1, 0, 0, room, at};
             continue;
         }
         const int rest = s.out_w - (int)(pixel % s.out_w);
         pieces[size] = {(int)(pixel / plane), (int)(pixel % plane / s.out_w) * s.stride_y - s.pad_y,
-                        (int)(pixel % s.out_w) * s.stride_x - s.pad_x, rest < room ? rest : room, out};
+                        (int)(pixel % s.out_w) * s.stride_x - s.pad_x, rest < room ? rest : room, at};
     }
+    const auto column = [&](int at) { return v + at / l.width * l.block_floats + at % l.width; };
+    float pairs[2][MAX_BLOCKS * MAX_VECTORS * LANES];  // of rows, in halves
     for (int k = from * taps; k < to * taps; ++k) {
         const int i = k / taps, ky = k % taps / s.kernel_w, kx = k % s.kernel_w;
         for (int n = 0; n < size; ++n) {
             const auto &piece = pieces[n];
-            float *out = piece.to + (size_t)k * l.width;
+            float *out = l.half ? pairs[k % 2] + piece.at : column(piece.at) + (size_t)k * l.width;
             const int y = piece.y + ky, left = piece.x + kx;
             if (piece.image < 0 || y < 0 || y >= s.h) {
                 for (int j = 0; j < piece.count; ++j) out[j] = 0;
@@ -286,6 +324,9 @@ inline void pack_pixels(const conv_call &call, const layout &l, int64_t first, i
             }
             const float *line = call.x + (((size_t)piece.image * s.ci + i) * s.h + y) * s.w;
             if (s.stride_x == 1) {
+                for (int j = 0; ky == 0 && kx == 0 && j < piece.count; j += 16) {
+                    __builtin_prefetch(line + left + j + (size_t)CHANNELS_AHEAD * s.h * s.w);
+                }
                 copy_line(out, line, left, piece.count, s.w);
                 continue;
             }
@@ -293,6 +334,11 @@ inline void pack_pixels(const conv_call &call, const layout &l, int64_t first, i
                 const int x = left + j * s.stride_x;
                 out[j] = x >= 0 && x < s.w ? line[x] : 0;
             }
+        }
+        const bool alone = k % 2 == 0 && k + 1 == s.ci * taps;
+        for (int at = 0; l.half && (k % 2 || alone) && at < count; at += LANES) {
+            const vec second = alone ? vec{} : load(pairs[1] + at);
+            store(column(at) + (size_t)(k / 2) * l.width, in_pairs(load(pairs[0] + at), second));
         }
     }
 }
@@ -311,11 +357,24 @@ inline float constant_of(const conv_call &call, int image, int channel) {
     return bias + call.add[image * call.add_image_stride + channel * call.add_channel_stride];
 }
 
-inline void put_line(float *y, const float *sums, const float *add, float constant, int count) {
+// The factor of a channel's weights.
+inline float factor_of(const conv_call &call, const layout &l, int channel) {
+    return l.half ? call.packed[l.weight_floats - (size_t)l.groups * ROWS + channel] : 1;
+}
+
+// y = factor * sums + constant + add. `ahead`: how far from `add` lies what is added next.
+inline void put_line(float *y, const float *sums, float factor, float constant, const float *add, size_t ahead,
+                     int count) {
+    int k = 0;
     if (add) {
-        for (int k = 0; k < count; ++k) y[k] = sums[k] + constant + add[k];
+        for (; k + LANES <= count; k += LANES) {
+            __builtin_prefetch(add + k + ahead);
+            store(y + k, load(sums + k) * factor + constant + load(add + k));
+        }
+        for (; k < count; ++k) y[k] = sums[k] * factor + constant + add[k];
     } else {
-        for (int k = 0; k < count; ++k) y[k] = sums[k] + constant;
+        for (; k + LANES <= count; k += LANES) store(y + k, load(sums + k) * factor + constant);
+        for (; k < count; ++k) y[k] = sums[k] * factor + constant;
     }
 }
 
@@ -323,7 +382,13 @@ inline void put_line(float *y, const float *sums, const float *add, float consta
 inline void finish_tiles(const conv_call &call, const layout &l, int64_t first, int channel, int count,
                          const float *m) {
     const conv_shape &s = call.shape;
+    const size_t ahead = (size_t)CHANNELS_AHEAD * s.h * s.w;
+    place places[LANES / 4];
+    int runs = 0;
+    for (int tile = 0; tile < LANES && first + tile < l.columns; tile += l.run)
+        places[runs++] = place_of(l, first + tile);
     for (int o = 0; o < count; ++o, m += l.width) {
+        const float factor = factor_of(call, l, channel + o);
         vec lines[TILE][WINDOW];
         for (int c = 0; c < WINDOW; ++c) {
             vec column[WINDOW], out[TILE];
@@ -337,15 +402,15 @@ inline void finish_tiles(const conv_call &call, const layout &l, int64_t first, 
             transform_output(lines[r], out);
             put_columns(pixels[r], out);
         }
-        for (int tile = 0; tile < LANES && first + tile < l.columns; tile += l.run) {
-            const place at = place_of(l, first + tile);
+        for (int run = 0; run < runs; ++run) {
+            const place at = places[run];
             const int width = s.w - at.left < TILE * l.run ? s.w - at.left : TILE * l.run;
             const size_t offset = (((size_t)at.image * s.co + channel + o) * s.h + at.top) * s.w + at.left;
             const float constant = constant_of(call, at.image, channel + o);
             for (int r = 0; r < TILE && at.top + r < s.h; ++r) {
                 const size_t line = offset + (size_t)r * s.w;
                 const float *add = call.add && !call.add_is_constant ? call.add + line : nullptr;
-                put_line(call.y + line, pixels[r] + TILE * tile, add, constant, width);
+                put_line(call.y + line, pixels[r] + TILE * l.run * run, factor, constant, add, ahead, width);
             }
         }
     }
@@ -363,7 +428,8 @@ inline void finish_pixels(const conv_call &call, const layout &l, int64_t first,
         for (int o = 0; o < count; ++o) {
             const size_t offset = ((size_t)image * s.co + channel + o) * plane + pixel;
             const float *add = call.add && !call.add_is_constant ? call.add + offset : nullptr;
-            put_line(call.y + offset, m + (size_t)o * l.width + at, add, constant_of(call, image, channel + o), pixels);
+            put_line(call.y + offset, m + (size_t)o * l.width + at, factor_of(call, l, channel + o),
+                     constant_of(call, image, channel + o), add, CHANNELS_AHEAD * plane, pixels);
         }
         at += pixels;
     }
@@ -375,8 +441,14 @@ inline void compute(const conv_call &call, const layout &l, int block, int group
     for (int p = 0; p < l.panels; ++p) {
         const float *u = call.packed + ((size_t)group * l.panels + p) * l.depth * ROWS;
         float *out = m + (size_t)p * ROWS * l.width;
-        if (l.vectors == 1) multiply<1>(u, v + p * l.panel_floats, l.depth, out);
-        else multiply<MAX_VECTORS>(u, v + p * l.panel_floats, l.depth, out);
+        const float *x = v + p * l.panel_floats;
+        if (l.half) {
+            if (l.vectors == 1) multiply_halves<1>(u, x, l.depth, out);
+            else multiply_halves<MAX_VECTORS>(u, x, l.depth, out);
+        } else {
+            if (l.vectors == 1) multiply<1>(u, x, l.depth, out);
+            else multiply<MAX_VECTORS>(u, x, l.depth, out);
+        }
     }
     const int channel = group * ROWS, count = call.shape.co - channel < ROWS ? call.shape.co - channel : ROWS;
     const int64_t first = (int64_t)block * l.width;

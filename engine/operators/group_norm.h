@@ -6,24 +6,7 @@ inline float sum_of(vec v) {
     return sum;
 }
 
-// e^x to 1e-7, for x in [-87, 88], beyond which it stays what it is there.
-inline vec exponential(vec x) {
-    constexpr float LOG2_E = 1.44269504f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f, ROUND = 12582912.0f;
-    x = x < -87.0f ? all(-87.0f) : x;
-    x = x > 88.0f ? all(88.0f) : x;
-    const vec shifted = x * LOG2_E + ROUND, n = shifted - ROUND;
-    const vec r = x - n * LN2_HIGH - n * LN2_LOW;
-    vec p = all(1.9875691500e-4f);  // Cephes, expf
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (vec)(((ivec)shifted << 23) + (127 << 23));
-}
-
-inline vec silu(vec x) { return x / (exponential(-x) + 1.0f); }
+inline vec silu(vec x) { return x * reciprocal(exponential(-x) + 1.0f); }
 
 // One group of one picture: (channels, plane) -> the same.
 inline void normalize(const norm_call &call, int64_t unit) {
@@ -65,7 +48,10 @@ inline void normalize(const norm_call &call, int64_t unit) {
         }
         int64_t i = 0;
         if (call.silu) {
-            for (; i + LANES <= call.plane; i += LANES) store(y + i, silu((load(x + i) - mean) * scale + shift));
+            for (; i + LANES <= call.plane; i += LANES) {
+                __builtin_prefetch(x + i + count);
+                store(y + i, silu((load(x + i) - mean) * scale + shift));
+            }
             if (i < call.plane) {
                 float rest[LANES] = {};
                 for (int64_t j = i; j < call.plane; ++j) rest[j - i] = x[j];

@@ -1,11 +1,16 @@
-// Compiled for each vector unit: -DKERNELS=kernels_v3 -march=x86-64-v3 (AVX2), and v4 (AVX-512).
+// Compiled for each vector unit: -DKERNELS=kernels_v3 -march=x86-64-v3 (AVX2), v4 (AVX-512), fp16 (AVX512-FP16 too).
 #include "kernels.h"
 
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 // Inside the namespace: two builds must share no function, or the linker keeps the one of the wrong processor.
 namespace {
 #include "vectors.h"
+
+#include "products.h"
 
 #include "convolution.h"
 #include "group_norm.h"
@@ -14,5 +19,5 @@ namespace {
 }  // namespace
 
 extern const kernels KERNELS = {
-    lay_out, pack_weights, pack, compute, normalize, lay_out_attention, pack_head, attend,
+    HALF, lay_out, pack_weights, pack, compute, normalize, lay_out_attention, pack_head, attend,
 };

@@ -28,13 +28,19 @@ struct norm_call {
     bool silu;
 };
 
-// y (heads, queries, values) = softmax(scale · q kᵀ) v
+// Floats from one picture, head, row and column to the next.
+struct head_strides {
+    size_t picture, head, row, column;
+};
+
+// y (heads, queries, values) = softmax(scale · q kᵀ) v, with q (heads, queries, depth), k (heads, keys, depth) and
+// v (heads, keys, values), of every picture
 struct attention_call {
-    const float *q, *k, *v;               // (heads, queries, depth), (heads, keys, depth), (heads, keys, values)
-    bool keys_are_rows, values_are_rows;  // else k is (heads, depth, keys), v is (heads, values, keys)
-    float scale;
+    const float *q, *k, *v;
     float *y;
-    int heads, queries, keys, depth, values;
+    head_strides of_q, of_k, of_v, of_y;
+    float scale;
+    int pictures, heads, queries, keys, depth, values;
 };
 
 struct attention_layout {
@@ -44,7 +50,7 @@ struct attention_layout {
 
 // How a convolution is computed, and how its columns (tiles, or pixels of the output) are laid into blocks.
 struct layout {
-    bool winograd, at_once;         // at_once: all inputs are packed before the first product
+    bool winograd, half, at_once;   // half: in half precision; at_once: all inputs are packed before the first product
     int run, tiles_x, tiles_y;      // tiles side by side in a vector; of a picture, tiles_x a multiple of run
     int64_t columns;                // of the whole batch
     int vectors, width;             // of a block; width in columns
@@ -54,15 +60,16 @@ struct layout {
 };
 
 struct kernels {
-    layout (*lay_out)(const conv_shape &, int threads);
-    void (*pack_weights)(const conv_shape &, bool winograd, const float *weights, int group, float *packed);
+    bool has_half;  // and takes `half` below
+    layout (*lay_out)(const conv_shape &, bool half, int threads);
+    void (*pack_weights)(const conv_shape &, bool winograd, bool half, const float *weights, int group, float *packed);
     void (*pack)(const conv_call &, const layout &, int block, int count, int from, int to, float *input);
     void (*compute)(const conv_call &, const layout &, int block, int group, const float *input);
     void (*normalize)(const norm_call &, int64_t unit);  // one group of one picture
     attention_layout (*lay_out_attention)(const attention_call &);
-    void (*pack_head)(const attention_call &, const attention_layout &, int head, float *packed);
+    void (*pack_head)(const attention_call &, const attention_layout &, int head, float *packed);  // of all pictures'
     void (*attend)(const attention_call &, const attention_layout &, int head, int block, const float *packed,
                    float *own);
 };
 
-extern const kernels kernels_v3, kernels_v4;
+extern const kernels kernels_v3, kernels_v4, kernels_fp16;

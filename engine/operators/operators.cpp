@@ -1,21 +1,23 @@
 // Operators for ONNX Runtime's CPU provider, of domain "sdedit", for float32:
 //
-//   Conv(x, weights, bias?, add?)                    attributes pads, strides; weights are constant
+//   Conv(x, weights, bias?, add?)                    attributes pads, strides, half; weights are constant
 //   GroupNorm(x, scale, shift, modulation_scale?, modulation_shift?)
 //                                                    attributes groups, epsilon, silu
-//   Attention(q, k, v)                               attributes scale, keys_are_rows, values_are_rows
+//   Attention(q, k, v, factor?, factor?)             attributes scale, keys_are_rows, values_are_rows, heads_inside:
+//                                                    q, k, v and the result are (n, rows, heads, columns) then
 //
 // As onnxruntime_c_api.h wants it: RegisterCustomOps is what a session is given. They are for graphs that this engine
 // has rewritten; what a graph cannot ask for is an error, not a crash. They tell no shapes before they run: the arena
 // serves their outputs.
-#include <atomic>
-#include <initializer_list>
 #include <onnxruntime_c_api.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#include <atomic>
+#include <initializer_list>
 
 #include "kernels.h"
 
@@ -27,7 +29,7 @@
 namespace {
 
 constexpr uint32_t API = 20;  // ONNX Runtime 1.20
-constexpr int BEST_UNIT = 4;  // x86-64-v4
+constexpr int BEST_UNIT = 5;  // x86-64-v4 with AVX512-FP16
 
 const OrtApi *api;
 const kernels *best;
@@ -139,7 +141,7 @@ OrtStatus *keep(const Kernel &made, void **out) {
 // --- Conv --------------------------------------------------------------------------------------------------------
 
 struct conv_kernel {
-    int64_t strides[2], pads[4];
+    int64_t strides[2], pads[4], half;
     tensor weights;
     pthread_mutex_t mutex;
     const kernels *unit;                  // that packs and computes
@@ -158,7 +160,10 @@ OrtStatus *ORT_API_CALL make_conv(const OrtCustomOp *, const OrtApi *, const Ort
     for (const int64_t pad : made.pads) {
         if (pad < 0) return refuse("Conv: a pad is negative");
     }
+    TRY(api->KernelInfoGetAttribute_int64(info, "half", &made.half));
     made.unit = best;
+    if (made.half && !made.unit->has_half)
+        return refuse("Conv: in half precision it needs a processor with AVX512-FP16");
     int constant = 0;
     const OrtValue *weights = nullptr;
     TRY(api->KernelInfoGetConstantInput_tensor(info, 1, &constant, &weights));
@@ -190,7 +195,7 @@ OrtStatus *packed_weights(conv_kernel *kernel, const OrtKernelContext *context, 
         } else {
             auto *made = static_cast<float *>(memory);
             status = parallel_for(context, l.groups, [&](size_t group, size_t) {
-                kernel->unit->pack_weights(shape, l.winograd, kernel->weights.data, (int)group, made);
+                kernel->unit->pack_weights(shape, l.winograd, l.half, kernel->weights.data, (int)group, made);
             });
             if (status) free(memory);
             else kept = made;
@@ -226,7 +231,8 @@ OrtStatus *convolve_at_once(const OrtKernelContext *context, const kernels &unit
     const int channels = call.shape.ci, pieces = channels < 2 * threads ? 1 : 2 * threads;
     TRY(parallel_for(context, (size_t)l.all_blocks * pieces, [&](size_t number, size_t) {
         const int64_t block = number / pieces, piece = number % pieces;
-        const int from = (int)(channels * piece / pieces), to = (int)(channels * (piece + 1) / pieces);
+        const int from = (int)(channels * piece / pieces) & ~1;  // in half precision two channels share a row
+        const int to = piece + 1 == pieces ? channels : (int)(channels * (piece + 1) / pieces) & ~1;
         unit.pack(call, l, (int)block, 1, from, to, input.data + block * l.block_floats);
     }));
     return parallel_for(context, (size_t)l.all_blocks * l.groups, [&](size_t number, size_t) {
@@ -242,7 +248,7 @@ OrtStatus *convolve(conv_kernel *kernel, const OrtKernelContext *context, conv_c
         s.w = s.out_w = s.w * s.h;  // pixels without neighbours: one line of them
         s.h = s.out_h = 1;
     }
-    const layout l = kernel->unit->lay_out(s, threads);
+    const layout l = kernel->unit->lay_out(s, kernel->half != 0, threads);
     TRY(packed_weights(kernel, context, s, l, call.packed));
     return l.at_once ? convolve_at_once(context, *kernel->unit, call, l)
                      : convolve_units(context, *kernel->unit, call, l);
@@ -377,13 +383,16 @@ OrtStatus *ORT_API_CALL run_norm(void *data, OrtKernelContext *context) {
     call.channels = (int)x.dims[1], call.groups = (int)kernel->groups;
     call.epsilon = kernel->epsilon, call.silu = kernel->silu != 0;
     if (call.plane == 0) return nullptr;
-    return parallel_for(context, x.dims[0] * kernel->groups, [&](size_t unit, size_t) { best->normalize(call, unit); });
+    const size_t groups = x.dims[0] * kernel->groups, pieces = groups < 4 * (size_t)threads ? groups : 4 * threads;
+    return parallel_for(context, pieces, [&](size_t piece, size_t) {
+        for (size_t n = groups * piece / pieces; n < groups * (piece + 1) / pieces; ++n) best->normalize(call, n);
+    });
 }
 
 // --- Attention ---------------------------------------------------------------------------------------------------
 
 struct attention_kernel {
-    int64_t keys_are_rows, values_are_rows;
+    int64_t keys_are_rows, values_are_rows, heads_inside;
     float scale;
 };
 
@@ -391,42 +400,74 @@ OrtStatus *ORT_API_CALL make_attention(const OrtCustomOp *, const OrtApi *, cons
     attention_kernel made = {};
     TRY(api->KernelInfoGetAttribute_int64(info, "keys_are_rows", &made.keys_are_rows));
     TRY(api->KernelInfoGetAttribute_int64(info, "values_are_rows", &made.values_are_rows));
+    TRY(api->KernelInfoGetAttribute_int64(info, "heads_inside", &made.heads_inside));
     TRY(api->KernelInfoGetAttribute_float(info, "scale", &made.scale));
+    if (made.heads_inside && !(made.keys_are_rows && made.values_are_rows))
+        return refuse("Attention: heads_inside wants keys and values that are rows");
     return keep(made, out);
 }
 
+// (pictures, heads, rows, columns) of q, k, v or y, and where each lies.
+struct heads {
+    size_t pictures = 1, size[3];  // heads, rows, columns
+    head_strides strides;
+
+    heads(const tensor &t, bool inside, bool are_rows) {
+        const tensor all = as_rank_4(t);
+        const int64_t *d = all.dims;
+        if (inside) {  // (n, rows, heads, columns)
+            pictures = d[0], size[0] = d[2], size[1] = d[1], size[2] = d[3];
+            strides = {size[0] * size[1] * size[2], size[2], size[0] * size[2], 1};
+        } else {  // (..., rows, columns), or the other way round
+            size[0] = d[0] * d[1], size[1] = d[are_rows ? 2 : 3], size[2] = d[are_rows ? 3 : 2];
+            strides = {0, size[1] * size[2], are_rows ? size[2] : 1, are_rows ? 1 : size[1]};
+        }
+    }
+};
+
 OrtStatus *ORT_API_CALL run_attention(void *data, OrtKernelContext *context) {
     const auto *kernel = static_cast<const attention_kernel *>(data);
-    tensor q, k, v;
-    TRY(read_input(context, 0, q));
-    TRY(read_input(context, 1, k));
-    TRY(read_input(context, 2, v));
-    if (q.rank < 2 || k.rank != q.rank || v.rank != q.rank) return refuse("Attention: q, k and v differ in dimensions");
-    const size_t last = q.rank - 1, rows = q.rank - 2;
-    const bool by_key = kernel->keys_are_rows, by_value = kernel->values_are_rows;
+    tensor inputs[3];
     attention_call call = {};
-    call.q = q.data, call.k = k.data, call.v = v.data;
-    call.keys_are_rows = by_key, call.values_are_rows = by_value, call.scale = kernel->scale;
-    call.heads = 1, call.queries = (int)q.dims[rows], call.depth = (int)q.dims[last];
-    call.keys = (int)k.dims[by_key ? rows : last], call.values = (int)v.dims[by_value ? last : rows];
-    bool fits = k.dims[by_key ? last : rows] == q.dims[last] && v.dims[by_value ? rows : last] == call.keys;
-    for (size_t n = 0; n < rows; ++n) {
-        call.heads *= (int)q.dims[n];
-        fits &= k.dims[n] == q.dims[n] && v.dims[n] == q.dims[n];
+    call.scale = kernel->scale;
+    for (int n = 0; n < 3; ++n) TRY(read_input(context, n, inputs[n]));
+    for (int n = 3; n < 5; ++n) {
+        tensor factor;
+        TRY(read_input(context, n, factor));
+        if (!factor.data) continue;
+        for (size_t k = 0; k < factor.rank; ++k) {
+            if (factor.dims[k] != 1) return refuse("Attention: a factor is not one number");
+        }
+        call.scale *= *factor.data;
     }
-    if (!fits || call.keys == 0) return refuse("Attention: k and v do not fit q");
-    int64_t dims[4];
-    for (size_t n = 0; n < q.rank; ++n) dims[n] = q.dims[n];
-    dims[last] = call.values;
-    TRY(make_output(context, dims, q.rank, call.y));
+    const tensor &q = inputs[0], &k = inputs[1], &v = inputs[2];
+    const bool inside = kernel->heads_inside;
+    bool fits = q.rank >= 2 && k.rank == q.rank && v.rank == q.rank && (q.rank == 4 || !inside);
+    for (size_t n = 0; fits && n + 2 < q.rank; ++n) {
+        fits = (inside && n == 1) || (k.dims[n] == q.dims[n] && v.dims[n] == q.dims[n]);
+    }
+    if (!fits) return refuse("Attention: q, k and v differ in dimensions");
+    const heads of_q(q, inside, true), of_k(k, inside, kernel->keys_are_rows), of_v(v, inside, kernel->values_are_rows);
+    fits = of_k.size[0] == of_q.size[0] && of_v.size[0] == of_q.size[0] && of_k.size[2] == of_q.size[2];
+    if (!fits || of_k.size[1] != of_v.size[1] || of_k.size[1] == 0) return refuse("Attention: k and v do not fit q");
+    call.q = q.data, call.k = k.data, call.v = v.data;
+    call.of_q = of_q.strides, call.of_k = of_k.strides, call.of_v = of_v.strides;
+    call.pictures = (int)of_q.pictures, call.heads = (int)of_q.size[0];
+    call.queries = (int)of_q.size[1], call.depth = (int)of_q.size[2];
+    call.keys = (int)of_k.size[1], call.values = (int)of_v.size[2];
+    tensor y = q;
+    y.dims[y.rank - 1] = call.values;
+    call.of_y = heads(y, inside, true).strides;
+    TRY(make_output(context, y.dims, y.rank, call.y));
     const attention_layout l = best->lay_out_attention(call);
+    const size_t all = (size_t)call.pictures * call.heads;
     scratch memory;
-    TRY(memory.take(context, call.heads * l.head_floats + threads * l.block_floats));
-    TRY(parallel_for(context, call.heads, [&](size_t head, size_t) {
+    TRY(memory.take(context, all * l.head_floats + threads * l.block_floats));
+    TRY(parallel_for(context, all, [&](size_t head, size_t) {
         best->pack_head(call, l, (int)head, memory.data + head * l.head_floats);
     }));
-    float *own = memory.data + call.heads * l.head_floats;
-    return parallel_for(context, (size_t)call.heads * l.blocks, [&](size_t unit, size_t worker) {
+    float *own = memory.data + all * l.head_floats;
+    return parallel_for(context, all * l.blocks, [&](size_t unit, size_t worker) {
         const size_t head = unit / l.blocks;
         const float *packed = memory.data + head * l.head_floats;
         best->attend(call, l, (int)head, (int)(unit % l.blocks), packed, own + worker * l.block_floats);
@@ -463,7 +504,7 @@ OrtCustomOp describe(const char *(ORT_API_CALL *name)(const OrtCustomOp *), decl
 const OrtCustomOp conv = describe<2, 4>([](const OrtCustomOp *) { return "Conv"; }, make_conv, run_conv, drop_conv);
 const OrtCustomOp norm = describe<3, 5>([](const OrtCustomOp *) { return "GroupNorm"; }, make_norm, run_norm, free);
 const OrtCustomOp attention =
-    describe<3, 3>([](const OrtCustomOp *) { return "Attention"; }, make_attention, run_attention, free);
+    describe<3, 5>([](const OrtCustomOp *) { return "Attention"; }, make_attention, run_attention, free);
 
 OrtCustomOpDomain *domain;  // with `api` and `threads`, once all of it is there
 
@@ -488,14 +529,15 @@ OrtStatus *make_domain(const OrtApi *found) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Has sessions that are opened from now on use the best vector unit that this processor has, x86-64-v<most> at most.
-// Which: 4, 3, or 0 for none.
+// Has sessions that are opened from now on use the best vector unit that this processor has, of number `most` at most.
+// Which: 5 is x86-64-v4 with AVX512-FP16, 4 and 3 are x86-64-v4 and v3, 0 is none.
 EXPORT int sdedit_use_vector_unit(int most) {
     __builtin_cpu_init();
     int unit = 0;
+    if (most >= 3 && __builtin_cpu_supports("x86-64-v3")) unit = 3;
     if (most >= 4 && __builtin_cpu_supports("x86-64-v4")) unit = 4;
-    else if (most >= 3 && __builtin_cpu_supports("x86-64-v3")) unit = 3;
-    best = unit == 4 ? &kernels_v4 : unit == 3 ? &kernels_v3 : nullptr;
+    if (most >= 5 && unit == 4 && __builtin_cpu_supports("avx512fp16")) unit = 5;
+    best = unit == 5 ? &kernels_fp16 : unit == 4 ? &kernels_v4 : unit == 3 ? &kernels_v3 : nullptr;
     return unit;
 }
 

@@ -19,14 +19,20 @@ from sdedit.operators.shipped import LIBRARY
 
 FOLDER = LIBRARY.parent
 MANIFEST = "liboperators.json"
-SOURCES = ("operators.cpp", "kernels.cpp", "kernels.h", "vectors.h", "convolution.h", "group_norm.h", "attention.h")
-UNITS = {unit: [f"-march=x86-64-{unit}", f"-DKERNELS=kernels_{unit}"] for unit in ("v3", "v4")}
+HEADERS = ("kernels", "vectors", "products", "convolution", "group_norm", "attention")
+SOURCES = ("operators.cpp", "kernels.cpp", *(f"{name}.h" for name in HEADERS))
+QUIET = "-Wno-maybe-uninitialized"  # of which g++ 12 warns in its own intrinsics
+UNITS = {
+    "v3": ["-march=x86-64-v3", "-DKERNELS=kernels_v3"],
+    "v4": ["-march=x86-64-v4", "-DKERNELS=kernels_v4", QUIET],
+    "fp16": ["-march=x86-64-v4", "-mavx512fp16", "-DKERNELS=kernels_fp16", QUIET],
+}
 FLAGS = [
     "-std=c++17", "-O3", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics",
     "-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-psabi",
 ]  # fmt: skip
 LINK = ["-shared", "-s", "-static-libgcc", "-Wl,-z,defs", "-Wl,-z,now", "-Wl,-z,nodelete", "-Wl,--build-id=none"]
-HEADERS = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime")
+RUNTIME_HEADERS = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime")
 
 
 def source_sha256() -> str:
@@ -36,7 +42,7 @@ def source_sha256() -> str:
 
 def headers() -> Path | None:
     """Where the system keeps onnxruntime_c_api.h."""
-    return next((Path(one) for one in HEADERS if (Path(one) / "onnxruntime_c_api.h").is_file()), None)
+    return next((Path(one) for one in RUNTIME_HEADERS if (Path(one) / "onnxruntime_c_api.h").is_file()), None)
 
 
 def ship(folder: Path, include: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from sdedit.errors import OptionError
 
 VARIABLE = "SDEDIT_OPERATORS"
 LIBRARY = Path(__file__).with_name("liboperators.so")
-UNITS = {4: "AVX-512", 3: "AVX2"}  # x86-64-v4, x86-64-v3
+UNITS = {5: "AVX-512 with FP16", 4: "AVX-512", 3: "AVX2"}  # x86-64-v4 with and without AVX512-FP16, x86-64-v3
+HALF_UNIT = 5  # and above
 OFF, NONE = f"off, by {VARIABLE}", "none: they are for Linux on x86-64 with AVX2"
 
 
@@ -30,6 +31,11 @@ def usable_library() -> Path | None:
 def version() -> str:
     """Which library and vector unit these are, for records: the bytes of results may change with them."""
     return f"{hashlib.sha256(LIBRARY.read_bytes()).hexdigest()[:12]} {UNITS[_vector_unit()]}"
+
+
+def has_half() -> bool:
+    """Whether the operators multiply in half precision here. Raises OptionError."""
+    return usable_library() is not None and _vector_unit() >= HALF_UNIT
 
 
 def vector_unit() -> str:

@@ -1,0 +1,111 @@
+// Products of packed matrices: u, whose rows have ROWS numbers, transposed, times v, whose rows are vectors of columns.
+
+constexpr int ROWS = LANES == 16 ? 12 : 6;  // with two vectors of columns, the sums stay in registers
+constexpr int AHEAD = 48;                   // rows of u that are fetched before they are needed
+
+// out (ROWS, N vectors) = u (depth, ROWS), transposed, times v (depth, N vectors).
+template <int N>
+inline void multiply(const float *u, const float *v, int depth, float *out) {
+    vec sums[ROWS][N];
+    for (int r = 0; r < ROWS; ++r) {
+        for (int n = 0; n < N; ++n) sums[r][n] = vec{};
+    }
+    for (int k = 0; k < depth; ++k, u += ROWS, v += N * LANES) {
+        vec x[N];
+        __builtin_prefetch(u + AHEAD * ROWS);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) x[n] = load(v + n * LANES);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) sums[r][n] += u[r] * x[n];
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) store(out + (r * N + n) * LANES, sums[r][n]);
+    }
+}
+
+// In half precision, where the processor multiplies in it (AVX512-FP16), twice as many numbers at once: two rows are
+// one of pairs, which are as large as the floats they stand for. A sum of many halves would lose what they keep: after
+// RUN pairs it goes on in float.
+#if defined(__AVX512FP16__)
+constexpr bool HALF = true;
+constexpr int RUN = 32;
+
+typedef _Float16 half_vec __attribute__((vector_size(4 * LANES)));  // LANES pairs
+
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+
+inline ivec as_halves(vec v) { return (ivec)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtxps_ph((__m512)v)); }
+
+// The numbers of the lower lanes (0) or of the upper ones (1), two of each.
+template <int PART>
+inline vec as_floats(half_vec v) {
+    return (vec)_mm512_cvtxph_ps((__m256h)_mm512_extracti64x4_epi64((__m512i)v, PART));
+}
+
+// (first, second) in every lane
+inline vec in_pairs(vec first, vec second) { return (vec)(as_halves(first) | as_halves(second) << 16); }
+
+inline void put_half(float *pair, int index, float value) {
+    const _Float16 half = (_Float16)value;
+    memcpy((char *)pair + index * sizeof half, &half, sizeof half);
+}
+
+// The sums of the pairs of a (one a lane), and of b: interleaved, in float, of the lower lanes and of the upper ones.
+inline void sum_pairs(half_vec a, half_vec b, vec out[2]) {
+    a += (half_vec)((bits)a >> 16 | (bits)a << 16);
+    b += (half_vec)((bits)b >> 16 | (bits)b << 16);
+    const half_vec both = (half_vec)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)a, (__m512i)b);
+    out[0] = as_floats<0>(both), out[1] = as_floats<1>(both);
+}
+
+// out (ROWS, N vectors) = u (pairs, ROWS), transposed, times v (pairs, N vectors).
+template <int N>
+inline void multiply_halves(const float *u, const float *v, int pairs, float *out) {
+    ivec even, odd;
+    for (int i = 0; i < LANES; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    vec totals[ROWS * N / 2][2];  // of two sums, interleaved
+    for (int from = 0; from < pairs; from += RUN) {
+        const int to = pairs - from < RUN ? pairs : from + RUN;
+        half_vec sums[ROWS * N];
+        for (int n = 0; n < ROWS * N; ++n) sums[n] = half_vec{};
+        for (int k = from; k < to; ++k, u += ROWS, v += N * LANES) {
+            half_vec x[N];
+            __builtin_prefetch(u + AHEAD * ROWS);
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n) x[n] = (half_vec)load(v + n * LANES);
+#pragma GCC unroll 12
+            for (int r = 0; r < ROWS; ++r) {
+                int32_t pair;
+                memcpy(&pair, u + r, sizeof pair);
+#pragma GCC unroll 2
+                for (int n = 0; n < N; ++n) sums[r * N + n] += (half_vec)(pair - ivec{}) * x[n];
+            }
+        }
+#pragma GCC unroll 12
+        for (int n = 0; n < ROWS * N; n += 2) {
+            vec two[2];
+            sum_pairs(sums[n], sums[n + 1], two);
+            for (int k = 0; from > 0 && k < 2; ++k) two[k] += totals[n / 2][k];
+            if (to < pairs) {
+                for (int k = 0; k < 2; ++k) totals[n / 2][k] = two[k];
+            } else {
+                store(out + n * LANES, __builtin_shuffle(two[0], two[1], even));
+                store(out + (n + 1) * LANES, __builtin_shuffle(two[0], two[1], odd));
+            }
+        }
+    }
+}
+#else
+constexpr bool HALF = false;  // and none of this is called
+
+inline vec in_pairs(vec first, vec) { return first; }
+inline void put_half(float *, int, float) {}
+
+template <int N>
+inline void multiply_halves(const float *, const float *, int, float *) {}
+#endif
