@@ -206,54 +206,58 @@ inline void copy_line(float *to, const float *line, int left, int count, int wid
 }
 
 // A line through the windows of one vector of tiles, as its six columns. x: the channel in picture 0.
-inline void take_line(const conv_shape &s, const layout &l, const float *x, const place *at, int row, vec out[WINDOW]) {
+template <int RUN_OF_TILES>
+inline void take_line(const conv_shape &s, const float *x, const place *at, int row, vec out[WINDOW]) {
+    constexpr int SPAN = TILE * RUN_OF_TILES, PARTS = SPAN / LANES;
     const size_t image = (size_t)s.ci * s.h * s.w;
-    const int span = TILE * l.run;
     ivec lane, next;
     for (int i = 0; i < LANES; ++i) lane[i] = i, next[i] = i + 1;
-    ivec is_end = {};
     vec parts[TILE], ends[2] = {};  // ends: the two pixels behind each run
-    for (int tile = 0; tile < LANES; tile += l.run, ++at) {
-        vec *part = parts + TILE * tile / LANES;
-        const int y = at->top - 1 + row, left = at->left - 1;
-        const ivec last = lane == tile + l.run - 1;
-        is_end |= last;
-        if (at->image < 0 || y < 0 || y >= s.h) {
-            for (int k = 0; k < span / LANES; ++k) part[k] = vec{};
+#pragma GCC unroll 4
+    for (int run = 0; run < LANES / RUN_OF_TILES; ++run) {
+        vec *part = parts + PARTS * run;
+        const int y = at[run].top - 1 + row, left = at[run].left - 1;
+        if (at[run].image < 0 || y < 0 || y >= s.h) {
+#pragma GCC unroll 4
+            for (int k = 0; k < PARTS; ++k) part[k] = vec{};
             continue;
         }
-        float copy[TILE * LANES + 2];
-        const float *from = x + at->image * image + (size_t)y * s.w + left;
-        for (int k = 0; k < span; k += 16) __builtin_prefetch(from + (size_t)CHANNELS_AHEAD * s.h * s.w + k);
-        const bool inside = left + span < s.w;  // but for what is before it, and one pixel behind it
+        float copy[SPAN + 2];
+        const float *from = x + at[run].image * image + (size_t)y * s.w + left;
+#pragma GCC unroll 4
+        for (int k = 0; k < SPAN; k += 16) __builtin_prefetch(from + (size_t)CHANNELS_AHEAD * s.h * s.w + k);
+        const bool inside = left + SPAN < s.w;  // but for what is before it, and one pixel behind it
         if (!inside) {
-            copy_line(copy, from - left, left, span + 2, s.w);
+            copy_line(copy, from - left, left, SPAN + 2, s.w);
             from = copy;
         }
         part[0] = inside && left < 0 ? __builtin_shuffle(vec{}, load(from + 1), lane + (LANES - 1)) : load(from);
-        for (int k = 1; k < span / LANES; ++k) part[k] = load(from + k * LANES);
-        ends[0] = last ? all(from[span]) : ends[0];
-        if (!inside || left + span + 1 < s.w) ends[1] = last ? all(from[span + 1]) : ends[1];
+#pragma GCC unroll 4
+        for (int k = 1; k < PARTS; ++k) part[k] = load(from + k * LANES);
+        const ivec last = lane == RUN_OF_TILES * (run + 1) - 1;
+        ends[0] = last ? all(from[SPAN]) : ends[0];
+        ends[1] = last ? all(inside && left + SPAN + 1 == s.w ? 0 : from[SPAN + 1]) : ends[1];
     }
     take_columns(parts, out);
+    const ivec is_end = (lane & (RUN_OF_TILES - 1)) == RUN_OF_TILES - 1;
     out[4] = is_end ? ends[0] : __builtin_shuffle(out[0], next);
     out[5] = is_end ? ends[1] : __builtin_shuffle(out[1], next);
 }
 
-// The windows of one vector of tiles in a channel, transformed: put(panel, vector) takes each.
-template <class Put>
-inline void transform_windows(const conv_shape &s, const layout &l, const float *x, const place *at, Put put) {
+// The windows of one vector of tiles in a channel, transformed: vectors that lie `step` apart from `to` on.
+template <int RUN_OF_TILES>
+void transform_windows(const conv_shape &s, const float *x, const place *at, float *to, size_t step) {
     vec lines[WINDOW][WINDOW];
     for (int r = 0; r < WINDOW; ++r) {
         vec line[WINDOW];
-        take_line(s, l, x, at, r, line);
+        take_line<RUN_OF_TILES>(s, x, at, r, line);
         transform_input(line, lines[r]);
     }
     for (int c = 0; c < WINDOW; ++c) {
         vec column[WINDOW], both[WINDOW];
         for (int r = 0; r < WINDOW; ++r) column[r] = lines[r][c];
         transform_input(column, both);
-        for (int r = 0; r < WINDOW; ++r) put(r * WINDOW + c, both[r]);
+        for (int r = 0; r < WINDOW; ++r) store(to + (r * WINDOW + c) * step, both[r]);
     }
 }
 
@@ -268,23 +272,24 @@ inline void pack_tiles(const conv_call &call, const layout &l, int64_t first, in
             places[n][k] = tile < l.columns ? place_of(l, tile) : place{-1, 0, 0};
         }
     }
+    const auto transform = l.run == LANES ? transform_windows<LANES>
+                           : l.run == 8   ? transform_windows<8>
+                                          : transform_windows<4>;
     for (int i = from; i < to; i += l.half ? 2 : 1) {
         const float *x = call.x + i * plane;
         for (int n = 0; n < count; ++n) {
             const size_t row = l.half ? i / 2 : i;
             float *out = v + n / l.vectors * l.block_floats + row * l.width + n % l.vectors * LANES;
             if (!l.half) {
-                transform_windows(s, l, x, places[n], [&](int p, vec one) { store(out + p * l.panel_floats, one); });
+                transform(s, x, places[n], out, l.panel_floats);
                 continue;
             }
-            vec firsts[PANELS];
-            transform_windows(s, l, x, places[n], [&](int p, vec one) { firsts[p] = one; });
-            if (i + 1 < s.ci) {
-                transform_windows(s, l, x + plane, places[n], [&](int p, vec second) {
-                    store(out + p * l.panel_floats, in_pairs(firsts[p], second));
-                });
-            } else {
-                for (int p = 0; p < PANELS; ++p) store(out + p * l.panel_floats, in_pairs(firsts[p], vec{}));
+            float both[2][PANELS * LANES];
+            transform(s, x, places[n], both[0], LANES);
+            if (i + 1 < s.ci) transform(s, x + plane, places[n], both[1], LANES);
+            else memset(both[1], 0, sizeof both[1]);
+            for (int p = 0; p < PANELS; ++p) {
+                store(out + p * l.panel_floats, in_pairs(load(both[0] + p * LANES), load(both[1] + p * LANES)));
             }
         }
     }

@@ -29,11 +29,11 @@ inline void multiply(const float *u, const float *v, int depth, float *out) {
 }
 
 // In half precision, where the processor multiplies in it (AVX512-FP16), twice as many numbers at once: two rows are
-// one of pairs, which are as large as the floats they stand for. A sum of many halves would lose what they keep: after
-// RUN pairs it goes on in float.
+// one of pairs, which are as large as the floats they stand for. A sum of many halves would lose what they keep. So RUN
+// pairs are summed, then RUNS such sums, and then it goes on in float.
 #if defined(__AVX512FP16__)
 constexpr bool HALF = true;
-constexpr int RUN = 32;
+constexpr int RUN = 16, RUNS = 4;
 
 typedef _Float16 half_vec __attribute__((vector_size(4 * LANES)));  // LANES pairs
 
@@ -68,11 +68,13 @@ template <int N>
 inline void multiply_halves(const float *u, const float *v, int pairs, float *out) {
     ivec even, odd;
     for (int i = 0; i < LANES; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    half_vec kept[ROWS * N];
     vec totals[ROWS * N / 2][2];  // of two sums, interleaved
-    for (int from = 0; from < pairs; from += RUN) {
-        const int to = pairs - from < RUN ? pairs : from + RUN;
+    for (int from = 0, to; from < pairs; from = to) {
+        to = pairs - from < RUN ? pairs : from + RUN;
         half_vec sums[ROWS * N];
         for (int n = 0; n < ROWS * N; ++n) sums[n] = half_vec{};
+#pragma GCC unroll 4
         for (int k = from; k < to; ++k, u += ROWS, v += N * LANES) {
             half_vec x[N];
             __builtin_prefetch(u + AHEAD * ROWS);
@@ -86,11 +88,20 @@ inline void multiply_halves(const float *u, const float *v, int pairs, float *ou
                 for (int n = 0; n < N; ++n) sums[r * N + n] += (half_vec)(pair - ivec{}) * x[n];
             }
         }
+        if (from % (RUN * RUNS) > 0) {
+#pragma GCC unroll 24
+            for (int n = 0; n < ROWS * N; ++n) sums[n] += kept[n];
+        }
+        if (to < pairs && to % (RUN * RUNS) > 0) {
+#pragma GCC unroll 24
+            for (int n = 0; n < ROWS * N; ++n) kept[n] = sums[n];
+            continue;
+        }
 #pragma GCC unroll 12
         for (int n = 0; n < ROWS * N; n += 2) {
             vec two[2];
             sum_pairs(sums[n], sums[n + 1], two);
-            for (int k = 0; from > 0 && k < 2; ++k) two[k] += totals[n / 2][k];
+            for (int k = 0; from >= RUN * RUNS && k < 2; ++k) two[k] += totals[n / 2][k];
             if (to < pairs) {
                 for (int k = 0; k < 2; ++k) totals[n / 2][k] = two[k];
             } else {
