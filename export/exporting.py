@@ -128,32 +128,41 @@ def write(
     with writing(path), tempfile.TemporaryDirectory(prefix=".sdedit-", dir=path.parent) as folder:
         scratch = Path(folder)
         model = set_opset(graph.model, opset)
-        if precision in ("fp16", "bf16"):
-            model = precisions.halve(model, precision)
-        elif precision == "int8":
+        metadata = graph.metadata
+        metadata["precision"] = precision
+        files: list[Path] = []
+        report = None
+
+        def compared(model: onnx.ModelProto) -> Report:
+            """The report of what is in `files` then."""
+            nonlocal files, report
+            runnable = scratch / path.name
+            if precision in ("fp16", "bf16"):  # as a GPU rounds: ONNX Runtime's CPU has no bf16, and no fp16 roundings
+                runnable = scratch / "emulated.onnx"
+                to_onnx.save(precisions.emulate(model), runnable, metadata)
+            files = to_onnx.save(model, scratch / path.name, metadata)
+            output.check([path.with_name(file.name) for file in files], force=force, inputs=[])
+            candidate = partial(OrtBackend(artifact.read(runnable), "ort-cpu", None).bind, conditions=graph.conditions)
+            report = verify.compare(
+                graph.reference, candidate, sde, frames[:2], tolerance=verify.TOLERANCES[precision],
+                with_images=precision != "fp32", on_evaluation=on_evaluation,
+            )  # fmt: skip
+            if graph.metadata["image"].get("dynamic"):
+                other = at_another_size(graph, candidate, sde)
+                report = replace(report, evaluations=(*report.evaluations, other))
+            return report
+
+        if precision == "int8":
             say("calibrating int8")
-            model = quantize(model, calibration(graph, sde, frames))
-            if all(node.op_type != "QuantizeLinear" for node in model.graph.node):
+            quantize(model, calibration(graph, sde, frames), accepted=lambda made: compared(made).within)
+            if report is None or not report.within:
                 raise OutOfTolerance(
                     f"{path}: not written: no layer of the network may be int8 within the tolerance",
                     hint="--precision fp32; --guide PICTURE calibrates on pictures of your own",
                 )
-        metadata = graph.metadata
-        metadata["precision"] = precision
-        runnable = scratch / path.name
-        if precision in ("fp16", "bf16"):  # as a GPU rounds: ONNX Runtime's CPU has no bf16, and drops fp16 roundings
-            runnable = scratch / "emulated.onnx"
-            to_onnx.save(precisions.emulate(model), runnable, metadata)
-        files = to_onnx.save(model, scratch / path.name, metadata)
-        output.check([path.with_name(file.name) for file in files], force=force, inputs=[])
-        candidate = partial(OrtBackend(artifact.read(runnable), "ort-cpu", None).bind, conditions=graph.conditions)
-        report = verify.compare(
-            graph.reference, candidate, sde, frames[:2], tolerance=verify.TOLERANCES[precision],
-            with_images=precision != "fp32", on_evaluation=on_evaluation,
-        )  # fmt: skip
-        if graph.metadata["image"].get("dynamic"):
-            other = at_another_size(graph, candidate, sde)
-            report = replace(report, evaluations=(*report.evaluations, other))
+        elif precision in ("fp16", "bf16"):
+            model = precisions.halve(model, precision)
+        report = report or compared(model)
         if not report.within and not allow_inaccurate:
             return report
         metadata["verification"] = {

@@ -3,7 +3,7 @@
 import logging
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from sdedit.export.precision import widen
 
 ROUNDING = {"DequantizeLinear", "QuantizeLinear"}
 MOST = 0.04  # of D, as ‖ΔD‖ / max(‖D‖, ‖x - D‖), at any noise level; `verify` allows a little more, on other images
+LESS = 0.9  # of the tolerance, where the result is not accepted
 PROBED = 5 * 64 * 64  # pixels on which layers are compared, of images at noise levels spread over all
 LEAST_PROBED = 2  # images, however large
 
@@ -26,13 +27,19 @@ Array = NDArray[np.generic]
 Feed = Mapping[str, Array]
 
 
-def quantize(model: ModelProto, feeds: Iterable[Feed], *, tolerance: float = MOST) -> ModelProto:
+def quantize(
+    model: ModelProto,
+    feeds: Iterable[Feed],
+    *,
+    tolerance: float = MOST,
+    accepted: Callable[[ModelProto], bool] = lambda _: True,
+) -> ModelProto:
     """The denoiser with 8-bit layers: QuantizeLinear and DequantizeLinear, u8 activations, s8 weights per channel.
 
     feeds: network inputs, {"x": (B, C, H, W), "sigma": (B,)}, from all noise levels: they set the ranges. Layers with
     weights are rounded one at a time on a few images of them. As many of those that err least become int8 as keep the
     tolerance together, on every image; the others stay float32, if need be all. In a U-Net the costly ones write the
-    finest residual stream.
+    finest residual stream. accepted: is asked of the result; where it refuses, the tolerance is made smaller.
     """
     feeds = list(feeds)
     model = widen(model)
@@ -47,24 +54,37 @@ def quantize(model: ModelProto, feeds: Iterable[Feed], *, tolerance: float = MOS
         for number, node in enumerate(graph.node)
         if number in inside and node.op_type in LAYERS and node.input[1] in weights
     ]
-    with tempfile.TemporaryDirectory() as folder, _silent():
+    with tempfile.TemporaryDirectory() as folder:
         exact, rounded = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         _save(model, exact)
-        all_rounded = _calibrated(exact, rounded, layers, feeds)
-        errors = _errors(model, all_rounded, layers, feeds, Path(folder) / "probe.onnx")
+        with _silent():
+            all_rounded = _calibrated(exact, rounded, layers, feeds)
+            errors = _errors(model, all_rounded, layers, feeds, Path(folder) / "probe.onnx")
+            wanted = list(_denoised(exact, feeds))
         order = sorted(layers, key=errors.__getitem__)
-        wanted = list(_denoised(exact, feeds))
-        result, fewest, most = model, 0, len(order)
-        while fewest < most:
-            count = (fewest + most + 1) // 2
-            tried = _with_layers(model, all_rounded, set(order[:count]))
-            _save(tried, rounded)
-            if all(error <= tolerance for error in _each_error(feeds, wanted, _denoised(rounded, feeds))):
-                result, fewest = tried, count
-            else:
-                most = count - 1
-    del result.graph.value_info[:]
-    return result
+        worst = {0: 0.0}  # error with so many layers; with too many, the first above the tolerance
+
+        def keeps(count: int) -> bool:
+            if count not in worst:
+                _save(_with_layers(model, all_rounded, set(order[:count])), rounded)
+                worst[count] = 0.0
+                for error in _each_error(feeds, wanted, _denoised(rounded, feeds)):
+                    worst[count] = max(worst[count], error if np.isfinite(error) else np.inf)
+                    if worst[count] > tolerance:
+                        break
+            return worst[count] <= tolerance
+
+        most = len(order)
+        while True:
+            fewest = 0
+            while fewest < most:
+                count = (fewest + most + 1) // 2
+                fewest, most = (count, most) if keeps(count) else (fewest, count - 1)
+            result = _with_layers(model, all_rounded, set(order[:fewest]))
+            del result.graph.value_info[:]
+            if fewest == 0 or accepted(result):
+                return result
+            most, tolerance = fewest - 1, LESS * tolerance
 
 
 def _calibrated(source: Path, target: Path, layers: Sequence[str], feeds: Sequence[Feed]) -> ModelProto:

@@ -8,6 +8,7 @@ import pickle
 import sys
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -250,7 +251,7 @@ def test_out_of_tolerance_exits_3_unless_allowed_and_then_it_is_marked(here, cap
 
 
 def test_an_int8_file_without_an_int8_layer_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(exporting, "quantize", lambda model, feeds: model)
+    monkeypatch.setattr(exporting, "quantize", lambda model, feeds, accepted: model)
     assert main(["export", str(artifact.BUNDLED), "--precision", "int8", "-o", str(tmp_path / "int8.onnx")]) == 3
     assert "not written: no layer of the network may be int8 within the tolerance" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -357,6 +358,35 @@ def test_an_artifact_changes_its_precision(own, tmp_path, precision, tolerance, 
     assert found["metadata"] == opened.metadata
     assert (opened.precision, opened.name, opened.metadata["license"]) == (precision, "own", "CC0-1.0")
     assert [t.element for t in (*opened.inputs, *opened.outputs)] == ["float32"] * 3
+
+
+class ThreeLayers(nn.Module):
+    """(x, time label) -> eps"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((3, 8), (8, 8), (8, 3))
+        self.layers = nn.Sequential(*(nn.Conv2d(one, other, 3, padding=1) for one, other in sizes))
+
+    def forward(self, x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return self.layers(x) * (1 + label[:, None, None, None] / 1000) / 50
+
+
+def test_an_int8_file_that_verification_refuses_is_made_again(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    own = tmp_path / "own.onnx"
+    export_denoiser(ThreeLayers(), own, sde="linear", size=16)
+    asked = []
+
+    def refuses_once(*given, tolerance, **told):
+        report = compare(*given, tolerance=tolerance, **told)
+        asked.append(report.worst.error)
+        return replace(report, tolerance=0.0 if len(asked) == 1 else tolerance)
+
+    compare = exporting.verify.compare
+    monkeypatch.setattr(exporting.verify, "compare", refuses_once)
+    assert main(["export", str(own), "--precision", "int8", "-o", str(tmp_path / "int8.onnx"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verification"]["worst"]["error"] == asked[1] < asked[0]
 
 
 @pytest.mark.parametrize("opset", [18, 20, 21, 22])

@@ -613,6 +613,20 @@ def test_int8_takes_as_many_layers_as_keep_the_tolerance(small: ModelProto) -> N
     assert counts[0] < counts[-1] == 7
 
 
+def test_a_result_that_is_refused_is_made_again_with_fewer_layers(small: ModelProto) -> None:
+    asked: list[int] = []
+
+    def accepted(made: ModelProto) -> bool:
+        asked.append(len(eight_bit_layers(made)))
+        return len(asked) == 3
+
+    made = quantize(small, feeds(), tolerance=3e-3, accepted=accepted)
+    assert len(eight_bit_layers(made)) == asked[-1]
+    assert asked == sorted(set(asked), reverse=True)
+    nothing = quantize(small, feeds(), tolerance=3e-3, accepted=lambda _: False)
+    assert eight_bit_layers(nothing) == []
+
+
 def test_no_tolerance_at_all_is_float32(small: ModelProto) -> None:
     exact = quantize(small, feeds(), tolerance=0.0)
     assert eight_bit_layers(exact) == []
