@@ -72,7 +72,7 @@ def network(name: str, folder: Path, *, int8: bool = False) -> Network:
     if not artifact.exists():
         _export(source, artifact, "--name", name)
     if int8 and not quantised.exists():
-        _export(artifact, quantised, "--precision", "int8", "--allow-inaccurate")
+        _export(artifact, quantised, "--precision", "int8")
     kind = VE if name == "ncsnpp-256" else VP
     return Network(name, kind, source, artifact, quantised if quantised.exists() else None)
 

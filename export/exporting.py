@@ -130,39 +130,45 @@ def write(
         model = set_opset(graph.model, opset)
         metadata = graph.metadata
         metadata["precision"] = precision
-        files: list[Path] = []
-        report = None
 
-        def compared(model: onnx.ModelProto) -> Report:
-            """The report of what is in `files` then."""
-            nonlocal files, report
+        def compared(model: onnx.ModelProto, *, last: bool = True) -> tuple[list[Path], Report]:
+            """The files in `scratch`, and how they come out. last: there are no others to come, if these are within."""
             runnable = scratch / path.name
             if precision in ("fp16", "bf16"):  # as a GPU rounds: ONNX Runtime's CPU has no bf16, and no fp16 roundings
                 runnable = scratch / "emulated.onnx"
                 to_onnx.save(precisions.emulate(model), runnable, metadata)
             files = to_onnx.save(model, scratch / path.name, metadata)
             output.check([path.with_name(file.name) for file in files], force=force, inputs=[])
-            candidate = partial(OrtBackend(artifact.read(runnable), "ort-cpu", None).bind, conditions=graph.conditions)
+            backend = OrtBackend(artifact.read(runnable), "ort-cpu", None, keeps_graph=last)
+            candidate = partial(backend.bind, conditions=graph.conditions)
             report = verify.compare(
                 graph.reference, candidate, sde, frames[:2], tolerance=verify.TOLERANCES[precision],
-                with_images=precision != "fp32", on_evaluation=on_evaluation,
+                with_images=last and precision != "fp32", on_evaluation=on_evaluation,
             )  # fmt: skip
             if graph.metadata["image"].get("dynamic"):
                 other = at_another_size(graph, candidate, sde)
                 report = replace(report, evaluations=(*report.evaluations, other))
-            return report
+            return files, report
+
+        def accepted(model: onnx.ModelProto) -> bool:
+            if allow_inaccurate:
+                return True
+            _, report = compared(model, last=False)
+            if not report.within:
+                say(f"error {report.worst.error:.2g}, tolerance {report.tolerance:.2g}: again with fewer layers")
+            return report.within
 
         if precision == "int8":
             say("calibrating int8")
-            quantize(model, calibration(graph, sde, frames), accepted=lambda made: compared(made).within)
-            if report is None or not report.within:
+            model = quantize(model, calibration(graph, sde, frames), accepted=accepted)
+            if all(node.op_type != "QuantizeLinear" for node in model.graph.node):
                 raise OutOfTolerance(
                     f"{path}: not written: no layer of the network may be int8 within the tolerance",
                     hint="--precision fp32; --guide PICTURE calibrates on pictures of your own",
                 )
         elif precision in ("fp16", "bf16"):
             model = precisions.halve(model, precision)
-        report = report or compared(model)
+        files, report = compared(model)
         if not report.within and not allow_inaccurate:
             return report
         metadata["verification"] = {

@@ -84,7 +84,7 @@ def quantize(
             del result.graph.value_info[:]
             if fewest == 0 or accepted(result):
                 return result
-            most, tolerance = fewest - 1, LESS * tolerance
+            most, tolerance = fewest - 1, LESS * min(tolerance, worst[fewest])
 
 
 def _calibrated(source: Path, target: Path, layers: Sequence[str], feeds: Sequence[Feed]) -> ModelProto:

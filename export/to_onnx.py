@@ -99,6 +99,7 @@ def write(model: onnx.ModelProto, path: Path, properties: Mapping[str, str]) -> 
     """As `save`, any graph with any metadata properties."""
     helper.set_model_props(model, properties)
     beside = path.with_name(f"{path.name}.data")
+    beside.unlink(missing_ok=True)  # onnx would append to it
     large = sum(len(weight.raw_data) for weight in weights_of(model.graph)) > LARGEST_FILE
     onnx.save_model(model, path, save_as_external_data=large, location=beside.name, size_threshold=128)
     onnx.checker.check_model(str(path), full_check=not large)

@@ -265,6 +265,7 @@ REFUSED = {
     "a stride is negative": {"strides": (1, -1)},
     "there is one stride": {"strides": (1,)},
     "there is one pad": {"pads": (1,)},
+    "there are no weights": {"x": floats(1, 0, 8, 8), "weights": floats(14, 0, 3, 3)},
     "a pad is negative": {"pads": (-1, 0, 0, 0)},
     "the bias is too short": {"bias": floats(3)},
     "what is added does not fit": {"add": floats(1, 14, 5, 8)},
@@ -507,9 +508,10 @@ def test_large_scores_are_as_exact_as_small_ones(unit):
 
 
 @needs_library
-def test_attention_to_what_is_no_number_is_no_number():
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7FC00001, 0x7FE00123, 0x7FFFFFFF])
+def test_attention_to_what_is_no_number_is_no_number(unit, bits):
     q, k, v = floats(1, 40, 16), floats(1, 50, 16), floats(1, 50, 8)
-    q[0, 3, 0] = np.nan
+    q.view(np.uint32)[0, 3, 0] = bits
     y = attended(q, k, v)
     assert np.isnan(y[0, 3]).all()
     assert np.isfinite(np.delete(y, 3, axis=1)).all()
@@ -672,10 +674,10 @@ def test_attention_is_one_operator(form):
     assert set(net.left(y)) <= {"Transpose"}
 
 
-def attention_of_heads(q_out=(0, 2, 1, 3), back=(0, 2, 1, 3), factor="Sqrt", rows=False) -> tuple[Net, str]:
+def attention_of_heads(q_out=(0, 2, 1, 3), back=(0, 2, 1, 3), factor="Sqrt", rows=False, roots=1) -> tuple[Net, str]:
     """Of x (n, rows, heads, columns) with itself, as PyTorch writes it. rows: keys are rows of the product."""
     net = Net()
-    root = net(factor, np.float32([0.25]))
+    root = net(factor, np.float32([0.25] * roots))
     q = net("Mul", net("Transpose", "x", perm=q_out), root)
     k = net("Mul", net("Transpose", "x", perm=(0, 2, 1, 3) if rows else (0, 2, 3, 1)), root)
     v = net("Transpose", "x", perm=(0, 2, 1, 3))
@@ -692,7 +694,7 @@ def test_attention_takes_the_transpositions_and_roots_around_it(rows):
 
 
 @needs_library
-@pytest.mark.parametrize("other", [{"q_out": (2, 0, 1, 3)}, {"back": (2, 0, 1, 3)}, {"factor": "Abs"}])
+@pytest.mark.parametrize("other", [{"q_out": (2, 0, 1, 3)}, {"back": (2, 0, 1, 3)}, {"factor": "Abs"}, {"roots": 8}])
 def test_transpositions_that_are_others_stay(other):
     net, y = attention_of_heads(**other)
     assert net.fused(y, floats(8, 8, 8, 8)) == ["Attention"]
@@ -862,9 +864,39 @@ def test_half_precision_is_refused_where_nothing_can_be_computed_in_it(tmp_path)
     net.nodes[-1].output[0] = "denoised"
     path = save(tmp_path / "net.onnx", net.nodes, net.constants, metadata((3, 16, 24), SDES["vp"]), shape=(3, 16, 24))
     with pytest.raises(
-        sdedit.BackendUnavailable, match="ort-cpu can compute none of its convolutions in half precision"
+        sdedit.BackendUnavailable, match="ort-cpu finds no way to run it in half precision that agrees with float32"
     ):
         sdedit.load(path, backend="ort-cpu", precision="fp16")
+
+
+@needs_half
+def test_a_network_that_overflows_halves_is_refused_and_nothing_is_kept_of_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDEDIT_GRAPH_CACHE", "on")
+    monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / "cache"))
+    net = Net()
+    net("Mul", net.conv(net("Mul", net.conv("x", 3, 240), np.float32(1e6)), 240, 240), np.float32(1e-6))
+    net.nodes[-1].output[0] = "n"
+    net("Conv", "n", floats(3, 240, 1, 1))
+    net.nodes[-1].output[0] = "denoised"
+    path = save(tmp_path / "net.onnx", net.nodes, net.constants, metadata((3, 16, 24), SDES["vp"]), shape=(3, 16, 24))
+    with pytest.raises(sdedit.BackendUnavailable, match="ort-cpu finds no way to run it in half precision"):
+        sdedit.load(path, backend="ort-cpu", precision="fp16")
+    assert list((tmp_path / "cache" / "graphs").iterdir()) == []
+
+
+@needs_half
+def test_a_failure_that_passes_is_forgotten(weighty, monkeypatch, tmp_path):
+    monkeypatch.setenv("SDEDIT_GRAPH_CACHE", "on")
+    monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / "cache"))
+
+    def fails(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as once:
+        once.setattr(ort_cache, "open_fused", fails)
+        with pytest.raises(sdedit.BackendUnavailable):
+            sdedit.load(weighty, backend="ort-cpu", precision="fp16")
+    assert sdedit.load(weighty, backend="ort-cpu", precision="fp16").backend.precision == "fp16"
 
 
 @needs_half

@@ -130,13 +130,20 @@ def _open(
     precision: str | None,
 ) -> Backend:
     probe(name)
+    if name not in TENSORRT and not isinstance(model, Artifact):
+        raise OptionError(
+            f"{model.path}: a plan for {model.built_by} does not run on {name}", hint="load the .onnx file it came from"
+        )
     if precision is not None and precision not in (can := precisions(name, model)):
         require_known(precision)
         own = model if isinstance(model, Artifact) else model.artifact
-        hint = (
-            "name a model of that precision, or leave --precision out; fp32 models run in fp16 with --backend ort-cpu "
-        )
-        hint += "and in bf16 with --backend openvino, on a CPU that has it"
+        hint = "name a model of that precision, or leave --precision out; --backend openvino runs fp32 models in bf16 "
+        hint += "on a CPU that has it"
+        if (name, own.precision, precision) == ("ort-cpu", "fp32", "fp16"):
+            hint = (
+                "it takes a processor with AVX512-FP16, this package's operators (see 'sdedit doctor') and a model of "
+            )
+            hint += "1 MB to 2 GB; or leave --precision out"
         raise BackendUnavailable(
             f"precision {precision} was asked for; {own.name} is {own.precision}, and {name} runs it in "
             f"{' or '.join(can)} alone",
@@ -146,10 +153,7 @@ def _open(
         from sdedit.backends.tensorrt import TensorRtBackend
 
         return TensorRtBackend(model, name)
-    if not isinstance(model, Artifact):
-        raise OptionError(
-            f"{model.path}: a plan for {model.built_by} does not run on {name}", hint="load the .onnx file it came from"
-        )
+    assert isinstance(model, Artifact)
     if name == "ort-cpu":
         from sdedit.backends.ort import OrtBackend
 

@@ -84,10 +84,18 @@ def model_source(artifact: Artifact) -> str | bytes:
 class OrtBackend:
     """An ONNX Runtime session. `threads`: for the CPU provider; None is every core this process may use.
 
-    precision: one of `precisions`; None is the artifact's own.
+    precision: one of `precisions`; None is the artifact's own. keeps_graph: whether the graph cache may be used.
     """
 
-    def __init__(self, artifact: Artifact, name: str, threads: int | None, precision: str | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        name: str,
+        threads: int | None,
+        precision: str | None = None,
+        *,
+        keeps_graph: bool = True,
+    ) -> None:
         import onnxruntime
 
         self.name, self.provider = name, PROVIDERS[name]
@@ -96,7 +104,7 @@ class OrtBackend:
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
         self.takes_windows = name == "ort-cpu"
         self.provider_options: Mapping[str, str] = {}
-        self._artifact = artifact
+        self._artifact, self._keeps_graph = artifact, keeps_graph
         self._session: Any = None
         try:
             self._session = self._open()
@@ -151,10 +159,13 @@ class OrtBackend:
 
     def _open(self) -> Any:
         """The session. Raises whatever ONNX Runtime raises."""
-        session, fused = ort_cache.open_session(self._artifact, self._open_file, half=self._half)
-        if self._half and not fused:
+        session, fused = ort_cache.open_session(
+            self._artifact, self._open_file, half=self._half, kept=self._keeps_graph
+        )
+        if session is None:
+            self._open_file(None, None)  # for its error, if it is the artifact's
             raise BackendUnavailable(
-                f"{self._artifact.path}: ort-cpu can compute none of its convolutions in half precision",
+                f"{self._artifact.path}: ort-cpu finds no way to run it in half precision that agrees with float32",
                 hint="leave --precision out",
             )
         if fused:

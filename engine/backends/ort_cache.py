@@ -45,10 +45,10 @@ def takes(artifact: Artifact) -> bool:
     return LEAST_BYTES <= artifact.size_bytes <= MOST_BYTES // 2
 
 
-def open_session(artifact: Artifact, open_with: Open, *, half: bool = False) -> tuple[Any, bool]:
+def open_session(artifact: Artifact, open_with: Open, *, half: bool = False, kept: bool = True) -> tuple[Any, bool]:
     """A session of the artifact, from the cache where it can be, and whether it has this package's operators.
 
-    half: those in half precision.
+    half: those in half precision; the session is None where there is none. kept: whether the cache is used at all.
     Raises what `open_with` raises for the artifact, ArtifactError where its file was replaced meanwhile, OptionError
     where SDEDIT_OPERATORS is wrong.
     """
@@ -56,29 +56,30 @@ def open_session(artifact: Artifact, open_with: Open, *, half: bool = False) -> 
     if not takes(artifact):
         return open_with(None, None), False
     opened = None
-    fused = partial(open_fused, artifact, open_with, half=half)
-    if (found := _entry(artifact, half)) is not None:
+    try_fused = partial(_quietly, partial(open_fused, artifact, open_with, half=half))
+    try_plain = (lambda *_: None) if half else open_with
+    if kept and (found := _entry(artifact, half)) is not None:
         entry, identity = found
         opened = _opened_whole(entry, identity, open_with)
-        opened = opened or _opened_and_kept(entry, identity, artifact, open_with, fused)
+        opened = opened or _opened_and_kept(entry, identity, artifact, try_fused, try_plain)
     if opened is None:
-        opened = _opened_alone(open_with, fused)
+        opened = _opened_alone(try_fused, try_plain)
         artifact.require_unchanged()
     return opened
 
 
 def _opened_and_kept(
-    entry: Path, identity: Identity, artifact: Artifact, open_with: Open, open_fused: Callable[..., Any]
+    entry: Path, identity: Identity, artifact: Artifact, try_fused: Callable[..., Any], try_plain: Open
 ) -> tuple[Any, bool] | None:
     """None where it cannot be kept, or not be opened."""
     with suppress(OSError):
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=entry.parent, ignore_cleanup_errors=True) as scratch:
             made = Path(scratch) / "fused"
-            session = fused = _quietly(open_fused, Path(scratch), made)
+            session = fused = try_fused(Path(scratch), made)
             if session is None:
                 made = Path(scratch) / "own"
-                session = _quietly(open_with, None, keep(made))
+                session = _quietly(try_plain, None, keep(made))
             if session is None:
                 return None
             artifact.require_unchanged()
@@ -88,12 +89,12 @@ def _opened_and_kept(
     return None
 
 
-def _opened_alone(open_with: Open, open_fused: Callable[..., Any]) -> tuple[Any, bool]:
+def _opened_alone(try_fused: Callable[..., Any], try_plain: Open) -> tuple[Any, bool]:
     """Where nothing is kept."""
     with suppress(OSError), tempfile.TemporaryDirectory(prefix="sdedit-", ignore_cleanup_errors=True) as scratch:
-        if (session := _quietly(open_fused, Path(scratch))) is not None:
+        if (session := try_fused(Path(scratch))) is not None:
             return session, True
-    return open_with(None, None), False
+    return try_plain(None, None), False
 
 
 def _quietly(work: Callable[..., Any], *given: Any) -> Any:

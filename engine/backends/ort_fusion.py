@@ -12,14 +12,14 @@ from functools import cached_property
 
 from sdedit.protobuf import Value, field, fields, text, varint
 
-FORMAT = 1  # of what `fuse` writes; another when it writes something else for the same graph
+FORMAT = 2  # of what `fuse` writes; another when it writes something else for the same graph
 DOMAIN = "sdedit"
 NODE, INITIALIZER, OUTPUT = 1, 5, 12  # of a GraphProto
 GRAPH, OPSET = 7, 8  # of a ModelProto
 GELU, PRODUCTS = "com.microsoft.QuickGelu", ("MatMul", "com.microsoft.FusedMatMul")
 OTHER_FLAGS = ("transA", "transBatchA", "transBatchB")  # of a FusedMatMul, beside transB
 FLOAT, INT64 = 1, 7  # of a TensorProto's data_type
-HEADS_OUT, KEYS_OUT, VALUES_OUT = (0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 3, 1)  # of (n, rows, heads, columns)
+ROWS_LAST_BUT_ONE, ROWS_LAST = (0, 2, 1, 3), (0, 2, 3, 1)  # orders of (n, rows, heads, columns)
 
 
 def fuse(model: bytes, *, half: bool = False) -> bytes | None:
@@ -35,7 +35,7 @@ def fuse(model: bytes, *, half: bool = False) -> bytes | None:
     for match in (_group_norm, _convolution, _attention):
         for node in list(graph.nodes):
             match(graph, node)
-    if not graph.fused or (half and not graph.has_half):
+    if not graph.fused or (half and not graph.has_convolution):
         return None
     opset = field(OPSET, field(1, DOMAIN.encode()) + field(2, 1))
     return b"".join(field(n, graph.written() if n == GRAPH else value) for n, value in parts) + opset
@@ -123,7 +123,7 @@ class _Graph:
     """A GraphProto: its nodes, in their order, and who makes and uses what."""
 
     def __init__(self, data: Value, half: bool) -> None:
-        self.half, self.has_half = half, False
+        self.half, self.has_convolution = half, False
         self.nodes: list[_Node] = []
         self.constants: dict[str, _Constant] = {}
         self.fused: dict[int, bytes] = {}  # id of the last node of a match -> what stands in its place
@@ -233,7 +233,7 @@ def _convolution(graph: _Graph, conv: _Node) -> None:
     inputs, last = list(conv.inputs), conv
     if (added := graph.user(conv, "Add")) is not None and (other := _other(added, conv.output)) not in graph.constants:
         inputs, last = [*inputs, *[""] * (3 - len(inputs)), other], added
-    graph.has_half = graph.half
+    graph.has_convolution = True
     graph.replace(last, "Conv", inputs, pads=pads, strides=strides, half=(int(graph.half),))
 
 
@@ -241,7 +241,7 @@ def _attention(graph: _Graph, softmax: _Node) -> None:
     """Product -> Softmax -> product, as scaled dot-product attention has them.
 
     With the transpositions around it that bring (n, rows, heads, columns) to (n, heads, rows, columns) and back, and
-    the roots by which q and k are multiplied.
+    the numbers by which q and k are multiplied.
     """
     if softmax.operator != "Softmax" or softmax.integers("axis", (-1,)) != (-1,):
         return
@@ -254,19 +254,19 @@ def _attention(graph: _Graph, softmax: _Node) -> None:
         return
     keys_are_rows, values_are_columns = (product.integers("transB", (0,)) == (1,) for product in (scores, result))
     scale, inputs = scores.number("alpha", 1.0), [*scores.inputs, result.inputs[1]]
-    orders = HEADS_OUT, HEADS_OUT if keys_are_rows else KEYS_OUT, VALUES_OUT if values_are_columns else HEADS_OUT
+    rows_last = False, not keys_are_rows, values_are_columns
     factors = ["", ""]
     inner = []
-    for number, (name, order) in enumerate(zip(inputs, orders, strict=True)):
+    for number, (name, last_one) in enumerate(zip(inputs, rows_last, strict=True)):
         if number < 2 and (factor := graph.maker(name, "Mul")) is not None:
-            root = next((one for one in factor.inputs if graph.maker(one, "Sqrt") is not None), None)
-            if root is not None:
-                factors[number], name = root, _other(factor, root)
+            number_of = next((one for one in factor.inputs if _is_one_number(graph, one)), None)
+            if number_of is not None:
+                factors[number], name = number_of, _other(factor, number_of)
         outer = graph.maker(name, "Transpose")
-        if outer is not None and outer.integers("perm", ()) == order:
+        if outer is not None and outer.integers("perm", ()) == (ROWS_LAST if last_one else ROWS_LAST_BUT_ONE):
             inner.append(outer.inputs[0])
     last = graph.user(result, "Transpose")
-    inside = len(inner) == 3 and last is not None and last.integers("perm", ()) == HEADS_OUT
+    inside = len(inner) == 3 and last is not None and last.integers("perm", ()) == ROWS_LAST_BUT_ONE
     if inside:
         assert last is not None
         result, inputs = last, [*inner, *factors]
@@ -276,6 +276,16 @@ def _attention(graph: _Graph, softmax: _Node) -> None:
         "heads_inside": (int(inside),),
     }
     graph.replace(result, "Attention", inputs, scale=scale, **told)
+
+
+def _is_one_number(graph: _Graph, name: str) -> bool:
+    """Whether this is one number for sure: a constant, the last part of a shape, or made of such."""
+    if name in graph.constants:
+        return len(graph.values(name)) == 1
+    if (node := graph.maker(name, "Slice")) is not None:
+        return graph.values(node.inputs[1]) == (-1,) and graph.maker(node.inputs[0], "Shape", "Gather") is not None
+    node = graph.maker(name, "Sqrt", "Div", "Mul", "Cast")
+    return node is not None and all(_is_one_number(graph, one) for one in node.inputs)
 
 
 def _is_of_channels(graph: _Graph, name: str) -> bool:

@@ -20,7 +20,9 @@ SIGMA, SEEDS = 1.0, (0, 1)  # of the pictures that both are tried on
 # The most by which they may differ, as a part of the picture (root mean squares): rounding. In int8 a number that falls
 # on the other side of a boundary moves by a whole step of 256: 0.01 has been seen with a U-Net of 155 layers.
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2, "int8": 1e-1}
-HALF_TOLERANCE = 5e-2  # where the network is float32 and its convolutions are not
+# In half precision, for a network that is float32. The measure is D alone, which for noise may be small beside x - D:
+# by how much an edit may be off is for `verify` to say.
+HALF_TOLERANCE = 5e-2
 
 _agreed: set[tuple[str, str, str]] = set()  # what need not be tried again in this process
 

@@ -10,7 +10,7 @@ constexpr int TILE = 4, WINDOW = 6, PANELS = WINDOW * WINDOW;
 constexpr int MIN_CHANNELS = 8;              // with fewer, the transforms cost more than they spare
 constexpr int64_t CACHE_FLOATS = 256 << 10;  // of L2, for packed inputs
 constexpr int CHANNELS_AHEAD = 2;            // of the input, that are fetched before they are needed
-constexpr size_t SMALL_FLOATS = 2 << 20;     // weights that are not worth sparing
+constexpr int64_t SMALL_FLOATS = 2 << 20;    // weights that are not worth sparing
 
 // The points of the interpolation are 0, +-NEAR, +-FAR and infinity. Of 128 channels of normal numbers the result is
 // off by 1.1e-6 (root mean square) with these, and by 2.2e-6 with the usual 0, +-1, +-2: both against float64.
@@ -57,16 +57,8 @@ inline void transform_weights(const double *g, int g_step, double *out, int out_
 inline int groups_of(const conv_shape &s) { return (s.co + ROWS - 1) / ROWS; }
 
 inline int rows_of(const conv_shape &s, bool winograd) { return winograd ? s.ci : s.ci * s.kernel_h * s.kernel_w; }
-inline int depth_of(const conv_shape &s, bool winograd, bool half) {
-    const int rows = rows_of(s, winograd);
-    return half ? (rows + 1) / 2 : rows;
-}
-inline size_t packed_floats(const conv_shape &s, bool winograd, bool half) {
-    const size_t columns = (size_t)groups_of(s) * ROWS;
-    return columns * (winograd ? PANELS : 1) * depth_of(s, winograd, half) + (half ? columns : 0);
-}
 
-// The largest power of two that is not above all of them; 1 where there is none.
+// The largest power of two that is not above the largest of their sizes; 1 where that is none.
 inline float power_below(const float *values, int count) {
     float most = 0;
     for (int k = 0; k < count; ++k) {
@@ -90,28 +82,28 @@ inline void put_weights(float *panel, bool half, int k, const double *values) {
 }
 
 // One group of (co, ci, kh, kw) -> (groups, panels, depth, ROWS). In halves there follow factors (groups, ROWS), powers
-// of two by which the weights were divided, so that the largest of a channel are near 1/16.
-inline void pack_weights(const conv_shape &s, bool winograd, bool half, const float *weights, int group,
-                         float *packed) {
-    const int rows = rows_of(s, winograd), taps = s.kernel_h * s.kernel_w;
+// of two by which the weights were divided: the largest of a channel are near 1/16 then, so that small ones are no
+// subnormal halves, and sums of products do not overflow.
+inline void pack_weights(const conv_shape &s, const layout &l, const float *weights, int group, float *packed) {
+    const int taps = s.kernel_h * s.kernel_w;
     const int count = s.co - group * ROWS < ROWS ? s.co - group * ROWS : ROWS;
-    const size_t panel = (size_t)depth_of(s, winograd, half) * ROWS;
+    const size_t panel = (size_t)l.depth * ROWS;
     const float *from = weights + (size_t)group * ROWS * s.ci * taps;
-    float *to = packed + (size_t)group * (winograd ? PANELS : 1) * panel;
+    float *to = packed + group * l.panels * panel;
     float divisors[ROWS];
     for (int r = 0; r < ROWS; ++r) {
-        divisors[r] = half && r < count ? 16 * power_below(from + (size_t)r * s.ci * taps, s.ci * taps) : 1;
+        divisors[r] = l.half && r < count ? 16 * power_below(from + (size_t)r * s.ci * taps, s.ci * taps) : 1;
     }
-    if (half) memcpy(packed + groups_of(s) * (winograd ? PANELS : 1) * panel + group * ROWS, divisors, sizeof divisors);
+    if (l.half) memcpy(packed + l.groups * l.panels * panel + group * ROWS, divisors, sizeof divisors);
     for (int i = 0; i < s.ci; ++i) {
         const auto weight = [&](int r, int tap) -> double {
             return r < count ? from[((size_t)r * s.ci + i) * taps + tap] / divisors[r] : 0;
         };
-        if (!winograd) {
+        if (!l.winograd) {
             for (int k = 0; k < taps; ++k) {
                 double values[ROWS];
                 for (int r = 0; r < ROWS; ++r) values[r] = weight(r, k);
-                put_weights(to, half, i * taps + k, values);
+                put_weights(to, l.half, i * taps + k, values);
             }
             continue;
         }
@@ -121,11 +113,11 @@ inline void pack_weights(const conv_shape &s, bool winograd, bool half, const fl
         }
         for (int y = 0; y < 3; ++y) transform_weights(g + 3 * y * ROWS, 1, lines + y * WINDOW * ROWS, 1);
         for (int x = 0; x < WINDOW; ++x) transform_weights(lines + x * ROWS, WINDOW, whole + x * ROWS, WINDOW);
-        for (int p = 0; p < PANELS; ++p) put_weights(to + p * panel, half, i, whole + p * ROWS);
+        for (int p = 0; p < PANELS; ++p) put_weights(to + p * panel, l.half, i, whole + p * ROWS);
     }
+    const int rows = rows_of(s, l.winograd);
     const double nothing[ROWS] = {};
-    for (int p = 0; half && rows % 2 && p < (winograd ? PANELS : 1); ++p)
-        put_weights(to + p * panel, half, rows, nothing);
+    for (int p = 0; l.half && rows % 2 && p < l.panels; ++p) put_weights(to + p * panel, true, rows, nothing);
 }
 
 inline layout lay_out(const conv_shape &s, bool half, int threads) {
@@ -138,7 +130,8 @@ inline layout lay_out(const conv_shape &s, bool half, int threads) {
     // Of few tiles the products cost less than reading weights that are four times as many. Those of one picture count,
     // so that it has the same bits in every batch.
     const int64_t tiles_each = (int64_t)l.tiles_x * l.tiles_y, all_tiles = s.n * tiles_each;
-    const bool many = tiles_each >= 2 * LANES || (tiles_each >= LANES && packed_floats(s, true, false) <= SMALL_FLOATS);
+    const int64_t transformed = (int64_t)PANELS * groups_of(s) * ROWS * s.ci;  // floats of the weights
+    const bool many = tiles_each >= 2 * LANES || (tiles_each >= LANES && transformed <= SMALL_FLOATS);
     l.winograd = s.kernel_h == 3 && s.kernel_w == 3 && s.stride_y == 1 && s.stride_x == 1 && s.pad_y == 1 &&
                  s.pad_x == 1 && s.out_h == s.h && s.out_w == s.w && s.ci >= MIN_CHANNELS && many;
     l.half = half;
@@ -147,11 +140,11 @@ inline layout lay_out(const conv_shape &s, bool half, int threads) {
     l.width = l.vectors * LANES;
     l.all_blocks = (int)((l.columns + l.width - 1) / l.width);
     l.groups = groups_of(s);
-    l.depth = depth_of(s, l.winograd, l.half);
+    l.depth = l.half ? (rows_of(s, l.winograd) + 1) / 2 : rows_of(s, l.winograd);
     l.panels = l.winograd ? PANELS : 1;
     l.panel_floats = (size_t)l.depth * l.width + LANES;  // one vector more: of a power of two, all share a cache set
     l.block_floats = l.panels * l.panel_floats;
-    l.weight_floats = packed_floats(s, l.winograd, l.half);
+    l.weight_floats = (size_t)l.groups * ROWS * (l.panels * l.depth + (l.half ? 1 : 0));
     const int64_t room = CACHE_FLOATS / (int64_t)l.block_floats, share = l.all_blocks / (2 * threads);
     const int64_t most = room < share ? room : share;
     l.blocks = most < 1 ? 1 : most > MAX_BLOCKS ? MAX_BLOCKS : (int)most;

@@ -62,7 +62,7 @@ struct layout {
 struct kernels {
     bool has_half;  // and takes `half` below
     layout (*lay_out)(const conv_shape &, bool half, int threads);
-    void (*pack_weights)(const conv_shape &, bool winograd, bool half, const float *weights, int group, float *packed);
+    void (*pack_weights)(const conv_shape &, const layout &, const float *weights, int group, float *packed);
     void (*pack)(const conv_call &, const layout &, int block, int count, int from, int to, float *input);
     void (*compute)(const conv_call &, const layout &, int block, int group, const float *input);
     void (*normalize)(const norm_call &, int64_t unit);  // one group of one picture

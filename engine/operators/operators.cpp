@@ -170,6 +170,9 @@ OrtStatus *ORT_API_CALL make_conv(const OrtCustomOp *, const OrtApi *, const Ort
     if (!constant) return refuse("Conv: its weights are not constant");
     TRY(read(weights, made.weights));
     if (made.weights.rank != 4) return refuse("Conv: its weights are not of four dimensions");
+    for (const int64_t size : made.weights.dims) {
+        if (size < 1) return refuse("Conv: its weights are none");
+    }
     TRY(keep(made, out));
     pthread_mutex_init(&static_cast<conv_kernel *>(*out)->mutex, nullptr);
     return nullptr;
@@ -195,7 +198,7 @@ OrtStatus *packed_weights(conv_kernel *kernel, const OrtKernelContext *context, 
         } else {
             auto *made = static_cast<float *>(memory);
             status = parallel_for(context, l.groups, [&](size_t group, size_t) {
-                kernel->unit->pack_weights(shape, l.winograd, l.half, kernel->weights.data, (int)group, made);
+                kernel->unit->pack_weights(shape, l, kernel->weights.data, (int)group, made);
             });
             if (status) free(memory);
             else kept = made;
@@ -231,7 +234,7 @@ OrtStatus *convolve_at_once(const OrtKernelContext *context, const kernels &unit
     const int channels = call.shape.ci, pieces = channels < 2 * threads ? 1 : 2 * threads;
     TRY(parallel_for(context, (size_t)l.all_blocks * pieces, [&](size_t number, size_t) {
         const int64_t block = number / pieces, piece = number % pieces;
-        const int from = (int)(channels * piece / pieces) & ~1;  // in half precision two channels share a row
+        const int from = (int)(channels * piece / pieces) & ~1;  // two channels may share a row
         const int to = piece + 1 == pieces ? channels : (int)(channels * (piece + 1) / pieces) & ~1;
         unit.pack(call, l, (int)block, 1, from, to, input.data + block * l.block_floats);
     }));

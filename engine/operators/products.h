@@ -28,9 +28,9 @@ inline void multiply(const float *u, const float *v, int depth, float *out) {
     }
 }
 
-// In half precision, where the processor multiplies in it (AVX512-FP16), twice as many numbers at once: two rows are
-// one of pairs, which are as large as the floats they stand for. A sum of many halves would lose what they keep. So RUN
-// pairs are summed, then RUNS such sums, and then it goes on in float.
+// In half precision, where the processor multiplies in it (AVX512-FP16), twice as many numbers at once: rows 2k and
+// 2k + 1 are one row of pairs of halves, each as large as a float. A sum of many halves would lose what they keep. So
+// RUN pairs are summed, then RUNS such sums, then the two of a pair, and then it goes on in float.
 #if defined(__AVX512FP16__)
 constexpr bool HALF = true;
 constexpr int RUN = 16, RUNS = 4;
@@ -55,7 +55,7 @@ inline void put_half(float *pair, int index, float value) {
     memcpy((char *)pair + index * sizeof half, &half, sizeof half);
 }
 
-// The sums of the pairs of a (one a lane), and of b: interleaved, in float, of the lower lanes and of the upper ones.
+// The sum of each pair of a and of b, as floats that alternate: of the lower lanes, and of the upper ones.
 inline void sum_pairs(half_vec a, half_vec b, vec out[2]) {
     a += (half_vec)((bits)a >> 16 | (bits)a << 16);
     b += (half_vec)((bits)b >> 16 | (bits)b << 16);

@@ -1,6 +1,6 @@
 """The library of operators that the package ships for ONNX Runtime's CPU provider.
 
-It is for Linux on x86-64 with AVX2 or AVX-512, and uses the better that there is. Anywhere else, and with
+It is for Linux on x86-64 with AVX2 or AVX-512, and uses the best that there is. Anywhere else, and with
 SDEDIT_OPERATORS=off, ONNX Runtime's own operators compute the same network, more slowly.
 """
 

@@ -40,5 +40,5 @@ inline vec exponential(vec x) {
     p = p * r + 2.402264791e-01f;
     p = p * r + 6.931472029e-01f;
     p = p * r + 1.0f;
-    return (vec)((ivec)p + ((ivec)shifted << 23));
+    return p * (vec)(((ivec)shifted << 23) + (127 << 23));
 }
