@@ -131,14 +131,21 @@ def write(
         metadata = graph.metadata
         metadata["precision"] = precision
 
-        def compared(model: onnx.ModelProto, *, last: bool = True) -> tuple[list[Path], Report]:
-            """The files in `scratch`, and how they come out. last: there are no others to come, if these are within."""
-            runnable = scratch / path.name
-            if precision in ("fp16", "bf16"):  # as a GPU rounds: ONNX Runtime's CPU has no bf16, and no fp16 roundings
-                runnable = scratch / "emulated.onnx"
+        files: list[Path] = []
+        emulated = precision in (
+            "fp16",
+            "bf16",
+        )  # as a GPU rounds: ONNX Runtime's CPU has no bf16, and no fp16 roundings
+        runnable = scratch / ("emulated.onnx" if emulated else path.name)
+
+        def save(model: onnx.ModelProto) -> None:
+            if emulated:
                 to_onnx.save(precisions.emulate(model), runnable, metadata)
-            files = to_onnx.save(model, scratch / path.name, metadata)
+            files[:] = to_onnx.save(model, scratch / path.name, metadata)
             output.check([path.with_name(file.name) for file in files], force=force, inputs=[])
+
+        def compare(*, last: bool = True) -> Report:
+            """How what is saved comes out. last: it is not only asked whether it is within."""
             backend = OrtBackend(artifact.read(runnable), "ort-cpu", None, keeps_graph=last)
             candidate = partial(backend.bind, conditions=graph.conditions)
             report = verify.compare(
@@ -148,12 +155,13 @@ def write(
             if graph.metadata["image"].get("dynamic"):
                 other = at_another_size(graph, candidate, sde)
                 report = replace(report, evaluations=(*report.evaluations, other))
-            return files, report
+            return report
 
         def accepted(model: onnx.ModelProto) -> bool:
+            save(model)
             if allow_inaccurate:
                 return True
-            _, report = compared(model, last=False)
+            report = compare(last=False)
             if not report.within:
                 say(f"error {report.worst.error:.2g}, tolerance {report.tolerance:.2g}: again with fewer layers")
             return report.within
@@ -166,9 +174,9 @@ def write(
                     f"{path}: not written: no layer of the network may be int8 within the tolerance",
                     hint="--precision fp32; --guide PICTURE calibrates on pictures of your own",
                 )
-        elif precision in ("fp16", "bf16"):
-            model = precisions.halve(model, precision)
-        files, report = compared(model)
+        else:
+            save(precisions.halve(model, precision) if emulated else model)
+        report = compare()
         if not report.within and not allow_inaccurate:
             return report
         metadata["verification"] = {

@@ -20,6 +20,7 @@ from torch import nn
 
 import sdedit
 from sdedit import artifact
+from sdedit.backends import ort_cache
 from sdedit.cli.export import read_config
 from sdedit.cli.main import main
 from sdedit.errors import ArtifactError, OptionError, OutOfTolerance
@@ -372,21 +373,68 @@ class ThreeLayers(nn.Module):
         return self.layers(x) * (1 + label[:, None, None, None] / 1000) / 50
 
 
-def test_an_int8_file_that_verification_refuses_is_made_again(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def three_layers(tmp_path):
     torch.manual_seed(0)
-    own = tmp_path / "own.onnx"
-    export_denoiser(ThreeLayers(), own, sde="linear", size=16)
-    asked = []
+    export_denoiser(ThreeLayers(), tmp_path / "own.onnx", sde="linear", size=16)
+    return tmp_path / "own.onnx"
 
-    def refuses_once(*given, tolerance, **told):
-        report = compare(*given, tolerance=tolerance, **told)
-        asked.append(report.worst.error)
-        return replace(report, tolerance=0.0 if len(asked) == 1 else tolerance)
 
-    compare = exporting.verify.compare
-    monkeypatch.setattr(exporting.verify, "compare", refuses_once)
-    assert main(["export", str(own), "--precision", "int8", "-o", str(tmp_path / "int8.onnx"), "--json"]) == 0
+@pytest.fixture
+def refusing(monkeypatch):
+    """Has verification refuse so many files, and gives the errors of all that it was asked about."""
+
+    def refuse(times):
+        asked = []
+
+        def refuses(*given, tolerance, **told):
+            report = compare(*given, tolerance=tolerance, **told)
+            asked.append(report.worst.error)
+            return replace(report, tolerance=0.0 if len(asked) <= times else tolerance)
+
+        compare = exporting.verify.compare
+        monkeypatch.setattr(exporting.verify, "compare", refuses)
+        return asked
+
+    return refuse
+
+
+def test_an_int8_file_that_verification_refuses_is_made_again(three_layers, refusing, capsys):
+    asked, made = refusing(1), three_layers.with_name("int8.onnx")
+    assert main(["export", str(three_layers), "--precision", "int8", "-o", str(made), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verification"]["worst"]["error"] == asked[1] < asked[0]
+
+
+def test_refused_files_leave_no_weights_behind(three_layers, refusing, monkeypatch):
+    monkeypatch.setattr(to_onnx, "LARGEST_FILE", 100)
+    sizes = []
+    for refused in (0, 1):
+        refusing(refused)
+        made = three_layers.with_name(f"{refused}.onnx")
+        assert main(["export", str(three_layers), "--precision", "int8", "-o", str(made)]) == 0
+        sizes.append(made.with_name(f"{made.name}.data").stat().st_size)
+    assert sizes[1] < 2 * sizes[0]  # fewer layers are int8, and none lies there twice
+
+
+def test_refused_files_leave_nothing_in_the_graph_cache(three_layers, refusing, monkeypatch, tmp_path):
+    monkeypatch.setattr(ort_cache, "LEAST_BYTES", 1)
+    monkeypatch.setenv("SDEDIT_GRAPH_CACHE", "on")
+    entries = []
+    for refused in (0, 1):
+        refusing(refused)
+        monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / f"cache{refused}"))
+        made = three_layers.with_name(f"{refused}.onnx")
+        assert main(["export", str(three_layers), "--precision", "int8", "-o", str(made)]) == 0
+        entries.append(len(list((tmp_path / f"cache{refused}" / "graphs").iterdir())))
+    assert entries[0] == entries[1] > 0
+
+
+def test_an_int8_file_that_verification_refuses_is_written_where_that_is_allowed(three_layers, refusing):
+    asked, made = refusing(100), three_layers.with_name("int8.onnx")
+    command = ["export", str(three_layers), "--precision", "int8", "-o", str(made), "--allow-inaccurate"]
+    assert main(command) == 3
+    assert len(asked) == 1
+    assert artifact.read(made).metadata["verification"]["within"] is False
 
 
 @pytest.mark.parametrize("opset", [18, 20, 21, 22])
