@@ -140,10 +140,8 @@ def _open(
         hint = "name a model of that precision, or leave --precision out; --backend openvino runs fp32 models in bf16 "
         hint += "on a CPU that has it"
         if (name, own.precision, precision) == ("ort-cpu", "fp32", "fp16"):
-            hint = (
-                "it takes a processor with AVX512-FP16, this package's operators (see 'sdedit doctor') and a model of "
-            )
-            hint += "1 MB to 2 GB; or leave --precision out"
+            hint = "leave --precision out; it takes AVX512-FP16, this package's operators (see 'sdedit doctor') and a "
+            hint += "model of 1 MB to 2 GB"
         raise BackendUnavailable(
             f"precision {precision} was asked for; {own.name} is {own.precision}, and {name} runs it in "
             f"{' or '.join(can)} alone",
