@@ -81,7 +81,7 @@ def add_running(parser: argparse.ArgumentParser, set_type: Callable[[str], Any] 
         "--precision",
         metavar="P",
         help="execute in P (fp32, tf32, fp16, bf16, int8): a model of that precision, or an fp32 one in what the "
-        "machine has: fp16 on ort-cpu, bf16 or fp16 on openvino, tf32 on ort-cuda (default: the model's own)",
+        "machine has: fp16 or bf16 on ort-cpu and openvino, tf32 on ort-cuda (default: the model's own)",
     )
     parser.add_argument(
         "--fast",

@@ -20,6 +20,7 @@ PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 PRECISION_HINTS = {
     "tf32": "leave --precision out; tf32 is for fp32 models with --backend ort-cuda, on an NVIDIA GPU from Ampere on"
 }  # of those that no model has
+HALF_NEEDS = {"fp16": "AVX512-FP16", "bf16": "AVX512-BF16 without AVX512-FP16"}  # on ort-cpu
 USUAL_BATCH = 8  # within two percent of the fastest for small networks, and no burden for large ones
 CPU = ("ort-cpu", "openvino")
 GPU = ("tensorrt", "tensorrt-rtx", "ort-cuda")  # of those, best first
@@ -139,9 +140,9 @@ def _open(
         own = model if isinstance(model, Artifact) else model.artifact
         hint = "name a model of that precision, or leave --precision out; --backend openvino runs fp32 models in bf16 "
         hint += "on a CPU that has it"
-        if (name, own.precision, precision) == ("ort-cpu", "fp32", "fp16"):
-            hint = "leave --precision out; it takes AVX512-FP16, this package's operators (see 'sdedit doctor') and a "
-            hint += "model of 1 MB to 2 GB"
+        if (name, own.precision) == ("ort-cpu", "fp32") and precision in HALF_NEEDS:
+            hint = f"leave --precision out; {precision} takes {HALF_NEEDS[precision]}, this package's operators (see "
+            hint += "'sdedit doctor') and a model of 1 MB to 2 GB"
         raise BackendUnavailable(
             f"precision {precision} was asked for; {own.name} is {own.precision}, and {name} runs it in "
             f"{' or '.join(can)} alone",

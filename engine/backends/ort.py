@@ -56,9 +56,9 @@ def usable_cores() -> int:
 
 
 def precisions(artifact: Artifact) -> tuple[str, ...]:
-    """What ort-cpu can run this artifact in here, its own first: a float32 one also in half precision."""
-    if artifact.precision == "fp32" and ort_cache.takes(artifact) and shipped.has_half():
-        return "fp32", "fp16"
+    """What ort-cpu can run this artifact in here, its own first: a float32 one also in a half precision."""
+    if artifact.precision == "fp32" and ort_cache.takes(artifact) and (half := shipped.half()):
+        return "fp32", half
     return (artifact.precision,)
 
 
@@ -154,8 +154,8 @@ class OrtBackend:
         give_back_memory()
 
     @property
-    def _half(self) -> bool:
-        return self.name == "ort-cpu" and self.precision != self._artifact.precision
+    def _half(self) -> str | None:
+        return self.precision if self.name == "ort-cpu" and self.precision != self._artifact.precision else None
 
     def _open(self) -> Any:
         """The session. Raises whatever ONNX Runtime raises."""
@@ -165,7 +165,7 @@ class OrtBackend:
         if session is None:
             self._open_file(None, None)  # for its error, if it is the artifact's
             raise BackendUnavailable(
-                f"{self._artifact.path}: ort-cpu finds no way to run it in half precision that agrees with float32",
+                f"{self._artifact.path}: ort-cpu finds no way to run it in {self.precision} that agrees with float32",
                 hint="leave --precision out",
             )
         if fused:

@@ -45,10 +45,12 @@ def takes(artifact: Artifact) -> bool:
     return LEAST_BYTES <= artifact.size_bytes <= MOST_BYTES // 2
 
 
-def open_session(artifact: Artifact, open_with: Open, *, half: bool = False, kept: bool = True) -> tuple[Any, bool]:
+def open_session(
+    artifact: Artifact, open_with: Open, *, half: str | None = None, kept: bool = True
+) -> tuple[Any, bool]:
     """A session of the artifact, from the cache where it can be, and whether it has this package's operators.
 
-    half: those in half precision; the session is None where there is none. kept: whether the cache is used at all.
+    half: "fp16" or "bf16", of those; the session is None where there is none. kept: whether the cache is used at all.
     Raises what `open_with` raises for the artifact, ArtifactError where its file was replaced meanwhile, OptionError
     where SDEDIT_OPERATORS is wrong.
     """
@@ -105,7 +107,7 @@ def _quietly(work: Callable[..., Any], *given: Any) -> Any:
         return None
 
 
-def _entry(artifact: Artifact, half: bool) -> tuple[Path, Identity] | None:
+def _entry(artifact: Artifact, half: str | None) -> tuple[Path, Identity] | None:
     """The folder of its entry, and all that shapes an optimised graph.
 
     None where none is kept, or ONNX Runtime could not be told the folder's name, which must be text.

@@ -12,20 +12,21 @@ from functools import cached_property
 
 from sdedit.protobuf import Value, field, fields, text, varint
 
-FORMAT = 2  # of what `fuse` writes; another when it writes something else for the same graph
+FORMAT = 3  # of what `fuse` writes; another when it writes something else for the same graph
 DOMAIN = "sdedit"
 NODE, INITIALIZER, OUTPUT = 1, 5, 12  # of a GraphProto
 GRAPH, OPSET = 7, 8  # of a ModelProto
 GELU, PRODUCTS = "com.microsoft.QuickGelu", ("MatMul", "com.microsoft.FusedMatMul")
 OTHER_FLAGS = ("transA", "transBatchA", "transBatchB")  # of a FusedMatMul, beside transB
+HALVES = (None, "fp16", "bf16")  # of the attribute `half` of a Conv
 FLOAT, INT64 = 1, 7  # of a TensorProto's data_type
 ROWS_LAST_BUT_ONE, ROWS_LAST = (0, 2, 1, 3), (0, 2, 3, 1)  # orders of (n, rows, heads, columns)
 
 
-def fuse(model: bytes, *, half: bool = False) -> bytes | None:
+def fuse(model: bytes, *, half: str | None = None) -> bytes | None:
     """The same network with this package's operators; None where it has no use for them.
 
-    half: its convolutions in half precision; None where none is fused.
+    half: "fp16" or "bf16", of its convolutions; None where none is fused.
     Raises ValueError where `model` is no ONNX model, IndexError or StopIteration where it is not a valid one.
     """
     parts = list(fields(memoryview(model)))
@@ -122,7 +123,7 @@ class _Constant:
 class _Graph:
     """A GraphProto: its nodes, in their order, and who makes and uses what."""
 
-    def __init__(self, data: Value, half: bool) -> None:
+    def __init__(self, data: Value, half: str | None) -> None:
         self.half, self.has_convolution = half, False
         self.nodes: list[_Node] = []
         self.constants: dict[str, _Constant] = {}
@@ -234,7 +235,7 @@ def _convolution(graph: _Graph, conv: _Node) -> None:
     if (added := graph.user(conv, "Add")) is not None and (other := _other(added, conv.output)) not in graph.constants:
         inputs, last = [*inputs, *[""] * (3 - len(inputs)), other], added
     graph.has_convolution = True
-    graph.replace(last, "Conv", inputs, pads=pads, strides=strides, half=(int(graph.half),))
+    graph.replace(last, "Conv", inputs, pads=pads, strides=strides, half=(HALVES.index(graph.half),))
 
 
 def _attention(graph: _Graph, softmax: _Node) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdedit import verify
 from sdedit.artifact import Artifact
 from sdedit.backends.ort_fusion import fuse
 from sdedit.noise import STREAM_STATE, Noise
@@ -20,9 +21,9 @@ SIGMA, SEEDS = 1.0, (0, 1)  # of the pictures that both are tried on
 # The most by which they may differ, as a part of the picture (root mean squares): rounding. In int8 a number that falls
 # on the other side of a boundary moves by a whole step of 256: 0.01 has been seen with a U-Net of 155 layers.
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2, "int8": 1e-1}
-# In half precision, for a network that is float32. The measure is D alone, which for noise may be small beside x - D:
-# by how much an edit may be off is for `verify` to say.
-HALF_TOLERANCE = 5e-2
+# In half precision, for a float32 artifact: as many times what `verify` lets pass, by its measure. How far off an edit
+# may be is for `verify` itself to say.
+HALF_MARGIN = 2
 
 _agreed: set[tuple[str, str, str]] = set()  # what need not be tried again in this process
 
@@ -31,12 +32,12 @@ Open = Callable[[str | None, Change | None], Any]  # opens a file, None for the 
 
 
 def open_fused(
-    artifact: Artifact, open_with: Open, scratch: Path, kept: Path | None = None, *, half: bool = False
+    artifact: Artifact, open_with: Open, scratch: Path, kept: Path | None = None, *, half: str | None = None
 ) -> Any:
     """A session with this package's operators; None where there is no use for them.
 
-    scratch: a folder; kept: one to make, for what the session can be opened from again. half: with convolutions in half
-    precision, for a float32 artifact; None where it has none.
+    scratch: a folder; kept: one to make, for what the session can be opened from again. half: "fp16" or "bf16", of
+    convolutions of a float32 artifact; None where it has none.
     Raises what `open_with` raises, OSError and ValueError.
     """
     if shipped.usable_library() is None:
@@ -48,14 +49,13 @@ def open_fused(
         return None
     (own / GRAPH).write_bytes(fused)
     this = artifact.sha256, shipped.version(), hashlib.sha256(fused).hexdigest()
-    expected = None if this in _agreed else _tried(plain, artifact)
+    told = _noise(artifact)
+    expected = None if this in _agreed else _tried(plain, told)
     del plain  # and its weights, before they are held again
     session = open_with(str(own / GRAPH), know_operators if kept is None else keep(kept))
     if expected is not None:
-        with np.errstate(all="ignore"):  # of a network that gives Inf or NaN, whose graph is left as it is
-            most = HALF_TOLERANCE if half else TOLERANCES.get(artifact.precision, 0)
-            if not np.linalg.norm(_tried(session, artifact) - expected) <= most * np.linalg.norm(expected):
-                return None
+        if not _agree(told["x"], expected, _tried(session, told), artifact.precision, half):
+            return None
         _agreed.add(this)
     return session
 
@@ -83,16 +83,26 @@ def know_operators(options: Any) -> None:
         options.register_custom_ops_library(str(library))
 
 
-def _tried(session: Any, artifact: Artifact) -> NDArray[np.float64]:
-    """The network's result for noise, of two pictures: what a graph makes of one alone says nothing of batches.
-
-    A vector of all pixels. Raises what ONNX Runtime raises.
-    """
+def _noise(artifact: Artifact) -> dict[str, NDArray[Any]]:
+    """Two pictures of it: what a graph makes of one alone says nothing of batches."""
     width, height = artifact.frame()
-    told = {
+    return {
         "x": Noise(SEEDS, (artifact.channels, height, width))(0, 0, STREAM_STATE),
         "sigma": np.full(len(SEEDS), SIGMA, np.float32),
         **{name: np.zeros(len(SEEDS), extra.dtype) for name, extra in artifact.extra_inputs.items()},
     }
-    found: NDArray[np.float64] = session.run(["denoised"], told)[0].reshape(-1).astype(np.float64)
+
+
+def _tried(session: Any, told: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """The network's result. Raises what ONNX Runtime raises."""
+    found: NDArray[np.float64] = session.run(["denoised"], told)[0].astype(np.float64)
     return found
+
+
+def _agree(x: NDArray[Any], wanted: NDArray[Any], found: NDArray[Any], precision: str, half: str | None) -> bool:
+    """Not those of a network that gives Inf or NaN, whose graph is left as it is."""
+    with np.errstate(all="ignore"):
+        if half is not None:
+            return verify.relative_error(x, wanted, found) <= HALF_MARGIN * verify.TOLERANCES[half]
+        apart, size = np.linalg.norm(found - wanted), np.linalg.norm(wanted)
+        return bool(apart <= TOLERANCES.get(precision, 0) * size)

@@ -72,13 +72,18 @@ inline float power_below(const float *values, int count) {
     return most > 0 ? most : 1;
 }
 
-// Row k of packed weights. In halves it is the first or the second of a pair.
+// Row k of packed weights. In halves it is the first of a pair, whose second is 0 until it comes, or that second.
 inline void put_weights(float *panel, bool half, int k, const double *values) {
     float *row = panel + (size_t)(half ? k / 2 : k) * ROWS;
-    for (int r = 0; r < ROWS; ++r) {
-        if (half) put_half(row + r, k % 2, (float)values[r]);
-        else row[r] = (float)values[r];
+    float floats[LANES] = {};
+    for (int r = 0; r < ROWS; ++r) floats[r] = (float)values[r];
+    if (half && k % 2 == 0) store(floats, in_pairs(load(floats), vec{}));
+    if (half && k % 2) {
+        float first[LANES] = {};
+        memcpy(first, row, sizeof(float[ROWS]));
+        store(floats, (vec)((ivec)load(first) | (ivec)in_pairs(vec{}, load(floats))));
     }
+    memcpy(row, floats, sizeof(float[ROWS]));
 }
 
 // One group of (co, ci, kh, kw) -> (groups, panels, depth, ROWS). In halves there follow factors (groups, ROWS), powers
@@ -115,9 +120,6 @@ inline void pack_weights(const conv_shape &s, const layout &l, const float *weig
         for (int x = 0; x < WINDOW; ++x) transform_weights(lines + x * ROWS, WINDOW, whole + x * ROWS, WINDOW);
         for (int p = 0; p < PANELS; ++p) put_weights(to + p * panel, l.half, i, whole + p * ROWS);
     }
-    const int rows = rows_of(s, l.winograd);
-    const double nothing[ROWS] = {};
-    for (int p = 0; l.half && rows % 2 && p < l.panels; ++p) put_weights(to + p * panel, true, rows, nothing);
 }
 
 inline layout lay_out(const conv_shape &s, bool half, int threads) {

@@ -1,6 +1,6 @@
 """Write what ort-cpu runs, for hosts in other languages: python -m sdedit.operators.graph [MODEL.onnx] -o FOLDER
 
---precision fp16: its convolutions in half precision, where this processor has it.
+--precision fp16 or bf16: its convolutions in half precision, of the kind that this processor has.
 
 FOLDER, which must not exist, gets graph.onnx, its graph.weights and liboperators.so. A session registers the library
 (RegisterCustomOpsLibrary), takes the graph as it is (ORT_DISABLE_ALL), and makes the bits that ort-cpu makes here. The
@@ -45,7 +45,7 @@ def main() -> None:
         "model", metavar="MODEL.onnx", nargs="?", type=Path, default=artifact.BUNDLED, help="default: the bundled one"
     )
     parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="one that is not there yet")
-    parser.add_argument("--precision", metavar="P", help="fp16, for an fp32 model (default: the model's own)")
+    parser.add_argument("--precision", metavar="P", help="fp16 or bf16, for an fp32 model (default: the model's own)")
     arguments = parser.parse_args()
     try:
         write(arguments.model, arguments.output, arguments.precision)

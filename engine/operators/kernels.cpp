@@ -1,4 +1,5 @@
-// Compiled for each vector unit: -DKERNELS=kernels_v3 -march=x86-64-v3 (AVX2), v4 (AVX-512), fp16 (AVX512-FP16 too).
+// Compiled for each vector unit: -DKERNELS=kernels_v3 -march=x86-64-v3 (AVX2), v4 (AVX-512), bf16 and fp16 (with
+// AVX512-BF16 and AVX512-FP16).
 #include "kernels.h"
 
 #include <string.h>
@@ -19,5 +20,5 @@ namespace {
 }  // namespace
 
 extern const kernels KERNELS = {
-    HALF, lay_out, pack_weights, pack, compute, normalize, lay_out_attention, pack_head, attend,
+    HALVES, lay_out, pack_weights, pack, compute, normalize, lay_out_attention, pack_head, attend,
 };

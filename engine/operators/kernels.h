@@ -59,8 +59,10 @@ struct layout {
     size_t panel_floats, block_floats, weight_floats;  // packed: input of a block, weights of the layer
 };
 
+enum half_format { NO_HALVES, FP16, BF16 };
+
 struct kernels {
-    bool has_half;  // and takes `half` below
+    half_format halves;  // that are meant by `half` below
     layout (*lay_out)(const conv_shape &, bool half, int threads);
     void (*pack_weights)(const conv_shape &, const layout &, const float *weights, int group, float *packed);
     void (*pack)(const conv_call &, const layout &, int block, int count, int from, int to, float *input);
@@ -72,4 +74,4 @@ struct kernels {
                    float *own);
 };
 
-extern const kernels kernels_v3, kernels_v4, kernels_fp16;
+extern const kernels kernels_v3, kernels_v4, kernels_bf16, kernels_fp16;

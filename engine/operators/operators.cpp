@@ -1,6 +1,7 @@
 // Operators for ONNX Runtime's CPU provider, of domain "sdedit", for float32:
 //
-//   Conv(x, weights, bias?, add?)                    attributes pads, strides, half; weights are constant
+//   Conv(x, weights, bias?, add?)                    attributes pads, strides, half (0: float32, 1: IEEE's halves,
+//                                                    2: bfloat16); weights are constant
 //   GroupNorm(x, scale, shift, modulation_scale?, modulation_shift?)
 //                                                    attributes groups, epsilon, silu
 //   Attention(q, k, v, factor?, factor?)             attributes scale, keys_are_rows, values_are_rows, heads_inside:
@@ -29,7 +30,7 @@
 namespace {
 
 constexpr uint32_t API = 20;  // ONNX Runtime 1.20
-constexpr int BEST_UNIT = 5;  // x86-64-v4 with AVX512-FP16
+constexpr int BEST_UNIT = 6;  // x86-64-v4 with AVX512-FP16
 
 const OrtApi *api;
 const kernels *best;
@@ -162,8 +163,10 @@ OrtStatus *ORT_API_CALL make_conv(const OrtCustomOp *, const OrtApi *, const Ort
     }
     TRY(api->KernelInfoGetAttribute_int64(info, "half", &made.half));
     made.unit = best;
-    if (made.half && !made.unit->has_half)
-        return refuse("Conv: in half precision it needs a processor with AVX512-FP16");
+    if (made.half != NO_HALVES && made.half != made.unit->halves) {
+        return refuse(made.half == BF16 ? "Conv: in bfloat16 it needs a processor with AVX512-BF16 and no AVX512-FP16"
+                                        : "Conv: in half precision it needs a processor with AVX512-FP16");
+    }
     int constant = 0;
     const OrtValue *weights = nullptr;
     TRY(api->KernelInfoGetConstantInput_tensor(info, 1, &constant, &weights));
@@ -533,14 +536,17 @@ OrtStatus *make_domain(const OrtApi *found) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Has sessions that are opened from now on use the best vector unit that this processor has, of number `most` at most.
-// Which: 5 is x86-64-v4 with AVX512-FP16, 4 and 3 are x86-64-v4 and v3, 0 is none.
+// Which: 6 and 5 are x86-64-v4 with AVX512-FP16 and AVX512-BF16, 4 and 3 are x86-64-v4 and v3, 0 is none.
 EXPORT int sdedit_use_vector_unit(int most) {
     __builtin_cpu_init();
     int unit = 0;
     if (most >= 3 && __builtin_cpu_supports("x86-64-v3")) unit = 3;
     if (most >= 4 && __builtin_cpu_supports("x86-64-v4")) unit = 4;
-    if (most >= 5 && unit == 4 && __builtin_cpu_supports("avx512fp16")) unit = 5;
-    best = unit == 5 ? &kernels_fp16 : unit == 4 ? &kernels_v4 : unit == 3 ? &kernels_v3 : nullptr;
+    if (most >= 5 && unit == 4 && __builtin_cpu_supports("avx512bf16")) unit = 5;
+    if (most >= 6 && unit >= 4 && __builtin_cpu_supports("avx512fp16")) unit = 6;
+    constexpr const kernels *UNITS[] = {nullptr,     nullptr,       nullptr,      &kernels_v3,
+                                        &kernels_v4, &kernels_bf16, &kernels_fp16};
+    best = UNITS[unit];
     return unit;
 }
 

@@ -3,9 +3,9 @@
 constexpr int ROWS = LANES == 16 ? 12 : 6;  // with two vectors of columns, the sums stay in registers
 constexpr int AHEAD = 48;                   // rows of u that are fetched before they are needed
 
-// out (ROWS, N vectors) = u (depth, ROWS), transposed, times v (depth, N vectors).
-template <int N>
-inline void multiply(const float *u, const float *v, int depth, float *out) {
+// out (ROWS, N vectors) = u (depth, ROWS), transposed, times v (depth, N vectors). add(sum, u, v) is sum + u v.
+template <int N, class Add>
+inline void multiply_by(const Add &add, const float *u, const float *v, int depth, float *out) {
     vec sums[ROWS][N];
     for (int r = 0; r < ROWS; ++r) {
         for (int n = 0; n < N; ++n) sums[r][n] = vec{};
@@ -18,7 +18,7 @@ inline void multiply(const float *u, const float *v, int depth, float *out) {
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 2
-            for (int n = 0; n < N; ++n) sums[r][n] += u[r] * x[n];
+            for (int n = 0; n < N; ++n) sums[r][n] = add(sums[r][n], u + r, x[n]);
         }
     }
 #pragma GCC unroll 12
@@ -28,11 +28,18 @@ inline void multiply(const float *u, const float *v, int depth, float *out) {
     }
 }
 
-// In half precision, where the processor multiplies in it (AVX512-FP16), twice as many numbers at once: rows 2k and
-// 2k + 1 are one row of pairs of halves, each as large as a float. A sum of many halves would lose what they keep. So
-// RUN pairs are summed, then RUNS such sums, then the two of a pair, and then it goes on in float.
+template <int N>
+inline void multiply(const float *u, const float *v, int depth, float *out) {
+    const auto add = [](vec sum, const float *one, vec x) { return sum + *one * x; };
+    multiply_by<N>(add, u, v, depth, out);
+}
+
+// In half precision, where the processor multiplies in it, twice as many numbers at once: rows 2k and 2k + 1 are one
+// row of pairs of halves, each as large as a float.
 #if defined(__AVX512FP16__)
-constexpr bool HALF = true;
+// A sum of many halves would lose what they keep. So RUN pairs are summed, then RUNS such sums, then the two of a pair,
+// and then it goes on in float.
+constexpr half_format HALVES = FP16;
 constexpr int RUN = 16, RUNS = 4;
 
 typedef _Float16 half_vec __attribute__((vector_size(4 * LANES)));  // LANES pairs
@@ -49,11 +56,6 @@ inline vec as_floats(half_vec v) {
 
 // (first, second) in every lane
 inline vec in_pairs(vec first, vec second) { return (vec)(as_halves(first) | as_halves(second) << 16); }
-
-inline void put_half(float *pair, int index, float value) {
-    const _Float16 half = (_Float16)value;
-    memcpy((char *)pair + index * sizeof half, &half, sizeof half);
-}
 
 // The sum of each pair of a and of b, as floats that alternate: of the lower lanes, and of the upper ones.
 inline void sum_pairs(half_vec a, half_vec b, vec out[2]) {
@@ -111,11 +113,29 @@ inline void multiply_halves(const float *u, const float *v, int pairs, float *ou
         }
     }
 }
+#elif defined(__AVX512BF16__)
+// bfloat16, whose products are summed in float.
+constexpr half_format HALVES = BF16;
+
+// (first, second) in every lane
+inline vec in_pairs(vec first, vec second) {
+    typedef uint16_t words __attribute__((vector_size(4 * LANES)));
+    words turns;
+    for (int i = 0; i < 2 * LANES; ++i) turns[i] = i / 2 + i % 2 * LANES;
+    return (vec)__builtin_shuffle((words)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first), turns);
+}
+
+template <int N>
+inline void multiply_halves(const float *u, const float *v, int pairs, float *out) {
+    const auto add = [](vec sum, const float *pair, vec x) {
+        return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)all(*pair), (__m512bh)x);
+    };
+    multiply_by<N>(add, u, v, pairs, out);
+}
 #else
-constexpr bool HALF = false;  // and none of this is called
+constexpr half_format HALVES = NO_HALVES;  // and none of this is called
 
 inline vec in_pairs(vec first, vec) { return first; }
-inline void put_half(float *, int, float) {}
 
 template <int N>
 inline void multiply_halves(const float *, const float *, int, float *) {}

@@ -25,6 +25,7 @@ QUIET = "-Wno-maybe-uninitialized"  # of which g++ 12 warns in its own intrinsic
 UNITS = {
     "v3": ["-march=x86-64-v3", "-DKERNELS=kernels_v3"],
     "v4": ["-march=x86-64-v4", "-DKERNELS=kernels_v4", QUIET],
+    "bf16": ["-march=x86-64-v4", "-mavx512bf16", "-DKERNELS=kernels_bf16", QUIET],
     "fp16": ["-march=x86-64-v4", "-mavx512fp16", "-DKERNELS=kernels_fp16", QUIET],
 }
 FLAGS = [

@@ -14,8 +14,8 @@ from sdedit.errors import OptionError
 
 VARIABLE = "SDEDIT_OPERATORS"
 LIBRARY = Path(__file__).with_name("liboperators.so")
-UNITS = {5: "AVX-512 with FP16", 4: "AVX-512", 3: "AVX2"}  # x86-64-v4 with and without AVX512-FP16, x86-64-v3
-HALF_UNIT = 5  # and above
+UNITS = {6: "AVX-512 with FP16", 5: "AVX-512 with BF16", 4: "AVX-512", 3: "AVX2"}  # x86-64-v4, x86-64-v3
+HALVES = {6: "fp16", 5: "bf16"}  # the half precision of those that have one
 OFF, NONE = f"off, by {VARIABLE}", "none: they are for Linux on x86-64 with AVX2"
 
 
@@ -33,9 +33,9 @@ def version() -> str:
     return f"{hashlib.sha256(LIBRARY.read_bytes()).hexdigest()[:12]} {UNITS[_vector_unit()]}"
 
 
-def has_half() -> bool:
-    """Whether the operators multiply in half precision here. Raises OptionError."""
-    return usable_library() is not None and _vector_unit() >= HALF_UNIT
+def half() -> str | None:
+    """The half precision in which the operators can multiply here: "fp16", "bf16" or none. Raises OptionError."""
+    return HALVES.get(_vector_unit()) if usable_library() is not None else None
 
 
 def vector_unit() -> str:
