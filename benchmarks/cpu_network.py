@@ -40,6 +40,7 @@ TORCH: dict[str, dict[str, bool]] = {
 OURS: dict[str, dict[str, Any]] = {  # int8, and the keywords of sdedit.load
     "ort-cpu fp32": {"backend": "ort-cpu"},
     "ort-cpu fp16": {"backend": "ort-cpu", "precision": "fp16"},
+    "ort-cpu bf16": {"backend": "ort-cpu", "precision": "bf16"},
     "ort-cpu int8": {"int8": True, "backend": "ort-cpu"},
     "ort-cpu fp32, ONNX Runtime's operators": {"backend": "ort-cpu", "operators": "off"},
     "ort-cpu int8, ONNX Runtime's operators": {"int8": True, "backend": "ort-cpu", "operators": "off"},

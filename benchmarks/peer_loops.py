@@ -305,6 +305,7 @@ PEERS: dict[str, tuple[Callable[..., Edit], dict[str, Any]]] = {
     "openvino int8": (openvino_edit, {"precision": "int8"}),
     OURS: (our_edit, {"backend": "ort-cpu"}),
     "sdedit fp16": (our_edit, {"backend": "ort-cpu", "precision": "fp16"}),
+    "sdedit bf16": (our_edit, {"backend": "ort-cpu", "precision": "bf16"}),
     "sdedit int8": (our_edit, {"backend": "ort-cpu", "int8": True}),
     "sdedit openvino": (our_edit, {"backend": "openvino"}),
     "sdedit openvino bf16": (our_edit, {"backend": "openvino", "precision": "bf16"}),

@@ -20,13 +20,15 @@ from PIL import Image
 import sdedit
 from sdedit import record
 from sdedit.backends import ort_cache, ort_graph
-from sdedit.backends.ort_fusion import HALVES, fuse
+from sdedit.backends.ort_fusion import fuse
+from sdedit.backends.ort_nodes import HALVES
 from sdedit.cli import doctor
 from sdedit.cli.main import main
 from sdedit.operators import graph, ship, shipped
 
 MANIFEST = json.loads((ship.FOLDER / ship.MANIFEST).read_text("utf-8"))
 RANDOM = np.random.default_rng(7)
+NOTHING = (0, 0, 0, 0)  # pads
 
 needs_library = pytest.mark.skipif(not shipped._vector_unit(), reason="the operators are for Linux on x86-64 with AVX2")
 pytestmark = pytest.mark.filterwarnings("error")
@@ -281,6 +283,15 @@ def test_what_does_not_fit_is_an_error_and_no_crash(wrong):
         convolved(**given)
 
 
+@needs_library
+@pytest.mark.parametrize(("ci", "co"), [(9, 5), (128, 128), (64, 200)])
+def test_a_linear_layers_weights_are_those_of_one_pixel(unit, ci, co):
+    x, weights, bias, add = floats(2, ci, 12, 20), floats(ci, co), floats(co), floats(2, co, 12, 20)
+    as_kernel = np.ascontiguousarray(weights.T)[:, :, None, None]
+    linear, kernel = (convolved(x, one, bias, add, NOTHING) for one in (weights, as_kernel))
+    assert np.array_equal(linear, kernel)
+
+
 # --- Conv in half precision ---------------------------------------------------------------------------------------
 
 OWN = shipped.half() or "none"  # the half precision of this processor's best unit, which the engine uses
@@ -288,7 +299,6 @@ MOST = {
     "fp16": 1e-2,
     "bf16": 2.5e-2,
 }  # error; rounding both factors makes 3e-4 and 2.3e-3, five times that in Winograd's
-NOTHING = (0, 0, 0, 0)
 
 needs_half = pytest.mark.skipif(OWN == "none", reason="half precision is for AVX512-FP16 or AVX512-BF16")
 
@@ -388,6 +398,13 @@ def test_a_vector_unit_without_a_half_precision_says_so(unit):
                 convolved(floats(1, 8, 8, 8), floats(4, 8, 3, 3), half=one)
 
 
+def test_a_linear_layers_weights_are_those_of_one_pixel_in_half_precision(half):
+    x, weights = floats(2, 33, 12, 20), floats(33, 14) * np.float32(10) ** np.arange(-7, 7, dtype=np.float32)
+    as_kernel = np.ascontiguousarray(weights.T)[:, :, None, None]
+    linear, kernel = (convolved(x, one, pads=NOTHING, half=half) for one in (weights, as_kernel))
+    assert np.array_equal(linear, kernel)
+
+
 # --- GroupNorm ---------------------------------------------------------------------------------------------------
 
 
@@ -454,7 +471,7 @@ def test_silu_holds_over_the_whole_range(unit, value):
 @needs_library
 @pytest.mark.parametrize(
     ("x", "scale"),
-    [(floats(1, 7, 4, 4), floats(7, 1, 1)), (floats(1, 8, 4, 4), floats(8, 1)), (floats(1, 8, 4, 4), floats(4, 1, 1))],
+    [(floats(1, 7, 4, 4), floats(7, 1, 1)), (floats(1, 8, 16), floats(8, 1, 1)), (floats(1, 8, 4, 4), floats(4, 1, 1))],
 )
 def test_a_norm_that_does_not_fit_is_an_error_and_no_crash(x, scale):
     with pytest.raises(Exception, match="GroupNorm: "):
@@ -464,11 +481,11 @@ def test_a_norm_that_does_not_fit_is_an_error_and_no_crash(x, scale):
 # --- Attention ---------------------------------------------------------------------------------------------------
 
 
-def attended(q, k, v, scale=1.0, keys_are_rows=1, values_are_rows=1, heads_inside=0, factors=()):
+def attended(q, k, v, scale=1.0, keys_are_rows=1, values_are_rows=1, heads_inside=0, factors=(), heads=0):
     told = {"scale": scale, "keys_are_rows": keys_are_rows, "values_are_rows": values_are_rows}
     inputs = {"q": q, "k": k, "v": v} | {f"f{n}": factor for n, factor in enumerate(factors) if factor is not None}
     names = ["q", "k", "v", *(f"f{n}" if factor is not None else "" for n, factor in enumerate(factors))]
-    node = helper.make_node("Attention", names, ["y"], domain="sdedit", heads_inside=heads_inside, **told)
+    node = helper.make_node("Attention", names, ["y"], domain="sdedit", heads_inside=heads_inside, heads=heads, **told)
     return session(model_of([node], {}, inputs, rank=q.ndim)).run(None, inputs)[0]
 
 
@@ -513,6 +530,18 @@ def test_heads_may_lie_inside(unit, n, heads, queries, keys, depth, values):
 
 
 @needs_library
+@pytest.mark.parametrize(("n", "heads", "depth", "values"), [(3, 5, 8, 9), (1, 1, 80, 80), (2, 16, 8, 8)])
+@pytest.mark.parametrize(("queries", "keys"), [((5, 9), (5, 14)), ((8, 8), (8, 8)), ((70,), (33,)), ((1, 1), (2, 1))])
+def test_rows_may_be_pixels(unit, n, heads, depth, values, queries, keys):
+    q, k, v = floats(n, heads * depth, *queries), floats(n, heads * depth, *keys), floats(n, heads * values, *keys)
+    rows = (one.reshape(n, heads, one.shape[1] // heads, -1).swapaxes(2, 3) for one in (q, k, v))
+    exact = expected_attention(*rows, 0.3).swapaxes(2, 3).reshape(n, heads * values, *queries)
+    ours = attended(q, k, v, 0.3, heads=heads)
+    assert ours.shape == exact.shape
+    assert np.abs(ours - exact).max() <= 3e-6
+
+
+@needs_library
 @pytest.mark.parametrize("factors", [(0.5, 0.25), (None, 0.25), (0.5,)])
 def test_factors_multiply_the_scale(factors):
     q, k, v = floats(2, 40, 16), floats(2, 50, 16), floats(2, 50, 8)
@@ -550,6 +579,16 @@ def test_attention_to_what_is_no_number_is_no_number(unit, bits):
         {"heads_inside": 1, "keys_are_rows": 0},
         {"heads_inside": 1, "q": floats(2, 3, 4, 5), "k": floats(2, 3, 5, 5), "v": floats(2, 3, 5, 5)},
         {"heads_inside": 1, "q": floats(2, 3, 4, 5), "k": floats(1, 3, 4, 5), "v": floats(1, 3, 4, 5)},
+        {"heads": -1},
+        {"heads": 3},
+        {"heads": 5},
+        {"heads": 5, "k": floats(2, 40, 16), "keys_are_rows": 0},
+        {"heads": 5, "k": floats(2, 40, 16), "heads_inside": 1},
+        {"heads": 4, "k": floats(2, 36, 16), "v": floats(2, 40, 16)},
+        {"heads": 4, "k": floats(2, 40, 16), "v": floats(2, 40, 17)},
+        {"heads": 4, "k": floats(1, 40, 16), "v": floats(1, 40, 16)},
+        {"heads": 4, "k": floats(2, 40, 16), "v": floats(2, 42, 16)},
+        {"heads": 2, "q": floats(40, 16), "k": floats(40, 16), "v": floats(40, 16)},
     ],
 )
 def test_attention_that_does_not_fit_is_an_error_and_no_crash(wrong):
@@ -719,6 +758,61 @@ def test_transpositions_that_are_others_stay(other):
     net, y = attention_of_heads(**other)
     assert net.fused(y, floats(8, 8, 8, 8)) == ["Attention"]
     assert net.left(y).count("Transpose") == 4
+
+
+def attention_of_pixels(heads=2, transposed=True, residual=True, back=(0, 2, 1), again=False) -> tuple[Net, str]:
+    """Of the pixels of x (n, 8, h, w) between themselves, as PyTorch writes diffusers' attention."""
+    net = Net()
+    flat = net("Reshape", "x", np.int64([0, 0, -1]))
+    grouped = net("Reshape", flat, np.int64([0, 2, -1]))
+    normal = net("InstanceNormalization", grouped, np.ones(2, np.float32), np.zeros(2, np.float32))
+    scaled = net("Mul", net("Reshape", normal, net("Shape", flat)), floats(8, 1))
+    x = net("Add", scaled, floats(8, 1))
+    shape = net("Shape", net("Transpose", flat, perm=(0, 2, 1)))
+    batch = net("Unsqueeze", net("Gather", shape, np.int64(0)), np.int64([0]))
+
+    def layer(rows: str) -> str:
+        weights = floats(8, 8) / np.float32(3)
+        if rows == x and transposed:
+            product = net("FusedMatMul", x, weights, domain="com.microsoft", transA=1)
+        else:
+            product = net("MatMul", net("Transpose", x, perm=(0, 2, 1)) if rows == x else rows, weights)
+        return net("Add", floats(8), product)
+
+    q, k, v = layer(x), layer(x), layer(x)
+    columns = net("Div", net("Gather", net("Shape", k), np.int64(2)), np.int64(heads))
+    minus, held = np.int64([-1]), np.int64([heads])
+    sizes = net("Concat", batch, minus, held, net("Unsqueeze", columns, np.int64([0])), axis=0)
+    q, k, v = (net("Reshape", one, sizes) for one in (q, k, v))
+    last = net("Slice", net("Gather", net("Shape", q), np.int64([0, 2, 1, 3])), np.int64([-1]), np.int64([9]))
+    root = net("Sqrt", net("Div", np.float32([1]), net("Sqrt", net("Cast", last, to=1))))
+    q, v = net("Mul", net("Transpose", q, perm=(0, 2, 1, 3)), root), net("Transpose", v, perm=(0, 2, 1, 3))
+    scores = net("MatMul", q, net("Mul", net("Transpose", k, perm=(0, 2, 3, 1)), root))
+    rows = net("Transpose", net("MatMul", net("Softmax", scores, axis=-1), v), perm=(0, 2, 1, 3))
+    width = net("Unsqueeze", net("Mul", columns, np.int64(heads)), np.int64([0]))
+    rows = net("Reshape", rows, net("Concat", batch, minus, width, axis=0))
+    parts = [net("Gather", net("Shape", "x"), np.int64([n])) for n in (1, 2, 3)]
+    y = net("Reshape", net("Transpose", layer(rows), perm=back), net("Concat", batch, *parts, axis=0))
+    y = net("Add", y, "x") if residual else y
+    return net, net("Add", y, net("ReduceSum", x, np.int64([0, 1, 2]))) if again else y
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "told",
+    [{}, {"heads": 1}, {"heads": 8}, {"transposed": False}, {"residual": False}, {"residual": False, "heads": 4}],
+)
+@pytest.mark.parametrize("shape", [(2, 8, 12, 20), (1, 8, 4, 4)])
+def test_attention_of_pixels_needs_no_transposition(told, shape):
+    net, y = attention_of_pixels(**told)
+    assert net.fused(y, floats(*shape)) == ["GroupNorm", "Conv", "Conv", "Conv", "Attention", "Conv"]
+    assert net.left(y) == []
+
+
+@needs_library
+def test_attention_of_pixels_whose_norm_is_used_again_keeps_its_rows():
+    net, y = attention_of_pixels(again=True)
+    assert net.fused(y) == ["GroupNorm", "Attention"]
 
 
 @needs_library

@@ -2,24 +2,22 @@
 
 What is looked for is how PyTorch's exporter writes a convolution with what is added to it; a group norm with what
 follows: Reshape, InstanceNormalization, Reshape, Mul, Add, a modulation by the noise level's embedding, SiLU; and
-attention.
+attention, with the linear layers around it where each pixel of a picture is a row.
 """
 
-import struct
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-from sdedit.protobuf import Value, field, fields, text, varint
+from sdedit.backends.ort_nodes import DOMAIN, FLOAT, Graph, Node
+from sdedit.protobuf import field, fields
 
 FORMAT = 3  # of what `fuse` writes; another when it writes something else for the same graph
-DOMAIN = "sdedit"
-NODE, INITIALIZER, OUTPUT = 1, 5, 12  # of a GraphProto
 GRAPH, OPSET = 7, 8  # of a ModelProto
 GELU, PRODUCTS = "com.microsoft.QuickGelu", ("MatMul", "com.microsoft.FusedMatMul")
 OTHER_FLAGS = ("transA", "transBatchA", "transBatchB")  # of a FusedMatMul, beside transB
-HALVES = (None, "fp16", "bf16")  # of the attribute `half` of a Conv
-FLOAT, INT64 = 1, 7  # of a TensorProto's data_type
+ROWS_FIRST = 0, 2, 1  # an order of (n, channels, rows)
+NO_PADS, NO_STRIDES = (0, 0, 0, 0), (1, 1)
 ROWS_LAST_BUT_ONE, ROWS_LAST = (0, 2, 1, 3), (0, 2, 3, 1)  # orders of (n, rows, heads, columns)
 
 
@@ -30,10 +28,10 @@ def fuse(model: bytes, *, half: str | None = None) -> bytes | None:
     Raises ValueError where `model` is no ONNX model, IndexError or StopIteration where it is not a valid one.
     """
     parts = list(fields(memoryview(model)))
-    graph = _Graph(next(value for number, value in parts if number == GRAPH), half)
+    graph = Graph(next(value for number, value in parts if number == GRAPH), half)
     if any(node.has_graphs for node in graph.nodes):  # whose insides may use what would be taken away
         return None
-    for match in (_group_norm, _convolution, _attention):
+    for match in (_group_norm, _convolution, _attention):  # the last one looks for norms
         for node in list(graph.nodes):
             match(graph, node)
     if not graph.fused or (half and not graph.has_convolution):
@@ -42,151 +40,7 @@ def fuse(model: bytes, *, half: str | None = None) -> bytes | None:
     return b"".join(field(n, graph.written() if n == GRAPH else value) for n, value in parts) + opset
 
 
-class _Node:
-    """A NodeProto."""
-
-    def __init__(self, data: Value) -> None:
-        self.data = data
-        self.inputs, self.outputs = [], []
-        operator = domain = ""
-        self._attributes: list[Value] = []
-        for number, value in fields(data):
-            match number:  # of a NodeProto
-                case 1:
-                    self.inputs.append(text(value))
-                case 2:
-                    self.outputs.append(text(value))
-                case 4:
-                    operator = text(value)
-                case 5:
-                    self._attributes.append(value)
-                case 7:
-                    domain = text(value)
-        self.operator = operator if domain in ("", "ai.onnx") else f"{domain}.{operator}"
-
-    @property
-    def output(self) -> str:
-        return self.outputs[0]
-
-    def integers(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """An attribute that is one integer, or several."""
-        parts = self._attribute(name)
-        return _integers(parts, 3) or _integers(parts, 8) or default
-
-    def number(self, name: str, default: float) -> float:
-        """An attribute that is a float."""
-        values = struct.unpack("<f", _joined(self._attribute(name), 2) or struct.pack("<f", default))
-        return float(values[0])
-
-    def text(self, name: str, default: str) -> str:
-        """An attribute that is text."""
-        return _joined(self._attribute(name), 4).decode() or default
-
-    def _attribute(self, name: str) -> list[tuple[int, Value]]:
-        """The fields of an AttributeProto: 1 is its name, 2 a float, 3 an integer, 4 text, 8 integers."""
-        for attribute in self._attributes:
-            parts = list(fields(attribute))
-            if _joined(parts, 1) == name.encode():
-                return parts
-        return []
-
-    @property
-    def has_graphs(self) -> bool:
-        """Whether an attribute is a graph, or several."""
-        return any(number in (6, 11) for attribute in self._attributes for number, _ in fields(attribute))
-
-
-@dataclass
-class _Constant:
-    """A TensorProto; its values where it holds them itself."""
-
-    dims: tuple[int, ...]
-    element: int
-    data: Value
-
-    @property
-    def is_of_channels(self) -> bool:
-        """Whether it is (c, 1 ...) in float32."""
-        return self.element == FLOAT and len(self.dims) > 1 and set(self.dims[1:]) == {1}
-
-    @cached_property
-    def values(self) -> tuple[float, ...]:
-        """Of float32 and int64; nothing for others, and for those that lie in another file."""
-        parts = list(fields(self.data))
-        if self.element == INT64:
-            return _integers(parts, 7) or tuple(value for (value,) in struct.iter_unpack("<q", _joined(parts, 9)))
-        if self.element == FLOAT:
-            return tuple(value for (value,) in struct.iter_unpack("<f", _joined(parts, 4) or _joined(parts, 9)))
-        return ()
-
-
-class _Graph:
-    """A GraphProto: its nodes, in their order, and who makes and uses what."""
-
-    def __init__(self, data: Value, half: str | None) -> None:
-        self.half, self.has_convolution = half, False
-        self.nodes: list[_Node] = []
-        self.constants: dict[str, _Constant] = {}
-        self.fused: dict[int, bytes] = {}  # id of the last node of a match -> what stands in its place
-        self._rest: list[tuple[int, Value]] = []
-        self._kept: set[str] = set()
-        for number, value in fields(data):
-            if number == NODE:
-                self.nodes.append(_Node(value))
-                continue
-            self._rest.append((number, value))
-            if number == INITIALIZER:
-                parts = list(fields(value))
-                name = text(next(v for n, v in parts if n == 8))
-                element = next(v for n, v in parts if n == 2 and isinstance(v, int))
-                self.constants[name] = _Constant(_integers(parts, 1), element, value)
-            elif number == OUTPUT:
-                self._kept.add(text(next(v for n, v in fields(value) if n == 1)))
-        self._makers = {name: node for node in self.nodes for name in node.outputs}
-        self._users: dict[str, list[_Node]] = {}
-        for node in self.nodes:
-            for name in node.inputs:
-                self._users.setdefault(name, []).append(node)
-
-    def maker(self, name: str, *operators: str) -> _Node | None:
-        """The node that makes this, if it is one of these."""
-        node = self._makers.get(name)
-        return node if node is not None and node.operator in operators else None
-
-    def user(self, node: _Node | None, *operators: str) -> _Node | None:
-        """The one node that uses what this one makes, if it is one of these and nothing stands in its place."""
-        if node is None or node.output in self._kept:
-            return None
-        match self._users.get(node.output, []):
-            case [user] if user.operator in operators and id(user) not in self.fused:
-                return user
-        return None
-
-    def values(self, name: str) -> tuple[float, ...]:
-        """Of a constant; none where it is not known."""
-        return self.constants[name].values if name in self.constants else ()
-
-    def replace(self, last: _Node, operator: str, inputs: Sequence[str], **attributes: float | tuple[int, ...]) -> None:
-        """Have this operator make what `last` makes. What nobody uses then is left out."""
-        parts = [field(1, name.encode()) for name in inputs]
-        parts += [field(2, last.output.encode()), field(4, operator.encode()), field(7, DOMAIN.encode())]
-        parts += [field(5, _attribute(name, value)) for name, value in attributes.items()]
-        self.fused[id(last)] = b"".join(parts)
-
-    def written(self) -> bytes:
-        written: list[bytes] = []
-        used = set(self._kept)
-        for node in reversed(self.nodes):
-            data = self.fused.get(id(node), node.data)
-            if used.isdisjoint(node.outputs):
-                continue
-            assert not isinstance(data, int)
-            used.update(node.inputs if id(node) not in self.fused else _Node(memoryview(data)).inputs)
-            written.append(field(NODE, data))
-        return b"".join([*reversed(written), *(field(number, value) for number, value in self._rest)])
-
-
-def _group_norm(graph: _Graph, norm: _Node) -> None:
+def _group_norm(graph: Graph, norm: Node) -> None:
     """x -> (n, groups, all) -> normalised -> as x -> * scale -> + shift (-> * and + of the modulation) (-> SiLU)"""
     if norm.operator != "InstanceNormalization" or (flat := graph.maker(norm.inputs[0], "Reshape")) is None:
         return
@@ -219,7 +73,7 @@ def _group_norm(graph: _Graph, norm: _Node) -> None:
     graph.replace(last, "GroupNorm", inputs, epsilon=norm.number("epsilon", 1e-5), **told)
 
 
-def _convolution(graph: _Graph, conv: _Node) -> None:
+def _convolution(graph: Graph, conv: Node) -> None:
     """Conv (-> +), of two dimensions and all channels."""
     if conv.operator != "Conv":
         return
@@ -234,11 +88,10 @@ def _convolution(graph: _Graph, conv: _Node) -> None:
     inputs, last = list(conv.inputs), conv
     if (added := graph.user(conv, "Add")) is not None and (other := _other(added, conv.output)) not in graph.constants:
         inputs, last = [*inputs, *[""] * (3 - len(inputs)), other], added
-    graph.has_convolution = True
-    graph.replace(last, "Conv", inputs, pads=pads, strides=strides, half=(HALVES.index(graph.half),))
+    graph.convolve(last, inputs, pads, strides)
 
 
-def _attention(graph: _Graph, softmax: _Node) -> None:
+def _attention(graph: Graph, softmax: Node) -> None:
     """Product -> Softmax -> product, as scaled dot-product attention has them.
 
     With the transpositions around it that bring (n, rows, heads, columns) to (n, heads, rows, columns) and back, and
@@ -256,11 +109,11 @@ def _attention(graph: _Graph, softmax: _Node) -> None:
     keys_are_rows, values_are_columns = (product.integers("transB", (0,)) == (1,) for product in (scores, result))
     scale, inputs = scores.number("alpha", 1.0), [*scores.inputs, result.inputs[1]]
     rows_last = False, not keys_are_rows, values_are_columns
-    factors = ["", ""]
+    factors = ["", ""]  # of q and k
     inner = []
     for number, (name, last_one) in enumerate(zip(inputs, rows_last, strict=True)):
         if number < 2 and (factor := graph.maker(name, "Mul")) is not None:
-            number_of = next((one for one in factor.inputs if _is_one_number(graph, one)), None)
+            number_of = next((one for one in factor.inputs if _one_number(graph, one) is not None), None)
             if number_of is not None:
                 factors[number], name = number_of, _other(factor, number_of)
         outer = graph.maker(name, "Transpose")
@@ -270,26 +123,126 @@ def _attention(graph: _Graph, softmax: _Node) -> None:
     inside = len(inner) == 3 and last is not None and last.integers("perm", ()) == ROWS_LAST_BUT_ONE
     if inside:
         assert last is not None
+        if _attention_of_pixels(graph, last, inner, scale, factors):
+            return
         result, inputs = last, [*inner, *factors]
     told = {
         "keys_are_rows": (int(keys_are_rows or inside),),
         "values_are_rows": (int(inside or not values_are_columns),),
         "heads_inside": (int(inside),),
+        "heads": (0,),
     }
     graph.replace(result, "Attention", inputs, scale=scale, **told)
 
 
-def _is_one_number(graph: _Graph, name: str) -> bool:
-    """Whether this is one number for sure: a constant, the last part of a shape, or made of such."""
+def _attention_of_pixels(
+    graph: Graph, attended: Node, q_k_v: Sequence[str], scale: float, factors: Sequence[str]
+) -> bool:
+    """Group norm of a picture -> linear layers -> attention between pixels -> linear layer -> + the picture.
+
+    Whether it is that. PyTorch makes rows of the pixels for it; here they stay where they are, the layers are
+    convolutions of 1x1, and nothing is transposed. attended: the last node of the attention; q_k_v: its inputs.
+    """
+    layers = [_layer_of_rows(graph, name) for name in q_k_v]
+    out = graph.user(graph.user(attended, "Reshape"), "MatMul")
+    moved = graph.user(out, "Add")
+    picture = graph.user(graph.user(moved, "Transpose"), "Reshape")
+    if None in layers or out is None or moved is None or picture is None:
+        return False
+    first, *others = [layer for layer in layers if layer is not None]
+    norm = graph.fused.get(id(graph.maker(first.x, "Add")))
+    if norm is None or norm.name != "GroupNorm" or any((one.x, one.heads) != (first.x, first.heads) for one in others):
+        return False
+    flat = graph.maker(norm.inputs[0], "Reshape")
+    back = graph.maker(picture.inputs[1], "Concat")
+    if flat is None or graph.values(flat.inputs[1]) != (0, 0, -1) or back is None or len(back.inputs) != 4:
+        return False
+    if graph.users(first.x) - {*PRODUCTS, "Transpose"} or not _is_linear(graph, out, moved):
+        return False
+    columns = graph.constants[first.weights].dims[1] // first.heads
+    for factor in filter(None, factors):
+        scale *= _one_number(graph, factor, columns) or 0
+    x = flat.inputs[0]
+    norm.inputs = [x, *norm.inputs[1:]]
+    for layer in (first, *others):
+        graph.convolve(layer.last, [first.x, layer.weights, layer.bias], NO_PADS, NO_STRIDES)
+    told = {"keys_are_rows": (1,), "values_are_rows": (1,), "heads_inside": (0,), "heads": (first.heads,)}
+    graph.replace(attended, "Attention", [layer.last.output for layer in (first, *others)], scale=scale, **told)
+    inputs, last = [attended.output, out.inputs[1], _other(moved, out.output)], picture
+    if (added := graph.user(picture, "Add")) is not None and (
+        other := _other(added, picture.output)
+    ) not in graph.constants:
+        inputs, last = [*inputs, other], added
+    graph.convolve(last, inputs, NO_PADS, NO_STRIDES)
+    return True
+
+
+@dataclass
+class _Layer:
+    """A linear layer of rows, each of which is then divided into heads."""
+
+    x: str  # (n, channels, rows)
+    weights: str
+    bias: str
+    heads: int
+    last: Node  # that makes the rows
+
+
+def _layer_of_rows(graph: Graph, name: str) -> _Layer | None:
+    """The layer whose rows (n, rows, heads, columns) are."""
+    divided = graph.maker(name, "Reshape")
+    last = divided and graph.maker(divided.inputs[0], "Add")
+    if divided is None or last is None or graph.users(last.output) - {"Reshape", "Shape"}:
+        return None
+    product = next((one for name in last.inputs if (one := graph.maker(name, *PRODUCTS)) is not None), None)
+    sizes = graph.maker(divided.inputs[1], "Concat")
+    heads = graph.values(sizes.inputs[2]) if sizes is not None and len(sizes.inputs) == 4 else ()
+    if product is None or len(heads) != 1 or not heads[0] >= 1 or not _is_linear(graph, product, last):
+        return None
+    x: str | None = product.inputs[0]
+    if product.integers("transA", (0,)) == (0,):
+        turned = graph.maker(product.inputs[0], "Transpose")
+        x = turned.inputs[0] if turned is not None and turned.integers("perm", ()) == ROWS_FIRST else None
+    if x is None or graph.constants[product.inputs[1]].dims[1] % heads[0]:
+        return None
+    return _Layer(x, product.inputs[1], _other(last, product.output), int(heads[0]), last)
+
+
+def _is_linear(graph: Graph, product: Node, added: Node) -> bool:
+    """Whether a product, perhaps of what is transposed, and a sum are a linear layer with constant weights and bias."""
+    weights, bias = (graph.constants.get(name) for name in (product.inputs[1], _other(added, product.output)))
+    if weights is None or weights.element != FLOAT or len(weights.dims) != 2:
+        return False
+    others = {product.integers(flag, (0,)) for flag in ("transB", "transBatchA", "transBatchB")}
+    if bias is None or bias.element != FLOAT or bias.dims != weights.dims[1:]:
+        return False
+    return others == {(0,)} and product.number("alpha", 1.0) == 1.0
+
+
+def _one_number(graph: Graph, name: str, last: float = 1.0) -> float | None:
+    """Its value, where this is one number for sure: a constant, the last part of a shape, or made of such."""
     if name in graph.constants:
-        return len(graph.values(name)) == 1
+        values = graph.values(name)
+        return values[0] if len(values) == 1 else None
     if (node := graph.maker(name, "Slice")) is not None:
-        return graph.values(node.inputs[1]) == (-1,) and graph.maker(node.inputs[0], "Shape", "Gather") is not None
-    node = graph.maker(name, "Sqrt", "Div", "Mul", "Cast")
-    return node is not None and all(_is_one_number(graph, one) for one in node.inputs)
+        is_last = graph.values(node.inputs[1]) == (-1,) and graph.maker(node.inputs[0], "Shape", "Gather") is not None
+        return last if is_last else None
+    if (node := graph.maker(name, "Sqrt", "Div", "Mul", "Cast")) is None:
+        return None
+    values = tuple(value for one in node.inputs if (value := _one_number(graph, one, last)) is not None)
+    match node.operator, values:
+        case "Sqrt", (value,) if value >= 0:
+            return math.sqrt(value)
+        case "Div", (a, b) if b != 0:
+            return a / b
+        case "Mul", (a, b):
+            return a * b
+        case "Cast", (value,):
+            return value
+    return None
 
 
-def _is_of_channels(graph: _Graph, name: str) -> bool:
+def _is_of_channels(graph: Graph, name: str) -> bool:
     """Whether this is (n, c, 1, 1): made of a linear layer's output, perhaps a part of it, perhaps plus one number."""
     while (node := graph.maker(name, "Slice", "Add", "Unsqueeze")) is not None:
         if node.operator == "Unsqueeze":
@@ -309,38 +262,7 @@ def _is_of_channels(graph: _Graph, name: str) -> bool:
     return False
 
 
-def _other(node: _Node, name: str) -> str:
+def _other(node: Node, name: str) -> str:
     """The input of a sum or product that is not this one."""
     first, second = node.inputs
     return second if first == name else first
-
-
-def _joined(parts: Sequence[tuple[int, Value]], wanted: int) -> bytes:
-    """The bytes of a field, or of all fields of this number."""
-    return b"".join(value for number, value in parts if number == wanted and not isinstance(value, int))
-
-
-def _integers(parts: Sequence[tuple[int, Value]], wanted: int) -> tuple[int, ...]:
-    """The signed integers of a repeated field, packed or not."""
-
-    def found() -> Iterator[int]:
-        for number, value in parts:
-            if number == wanted and isinstance(value, int):
-                yield value
-            elif number == wanted and not isinstance(value, int):
-                at = 0
-                while at < len(value):
-                    one, at = varint(value, at)
-                    yield one
-
-    return tuple(one - 2**64 if one >= 2**63 else one for one in found())
-
-
-def _attribute(name: str, value: float | tuple[int, ...]) -> bytes:
-    """An AttributeProto: a float, one integer, or several."""
-    head = field(1, name.encode())
-    if isinstance(value, tuple):
-        if len(value) == 1:
-            return head + field(3, value[0]) + field(20, 2)
-        return head + b"".join(field(8, one) for one in value) + field(20, 7)
-    return head + bytes([2 << 3 | 5]) + struct.pack("<f", value) + field(20, 1)

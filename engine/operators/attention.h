@@ -25,6 +25,10 @@ inline void pack_rows(const float *from, int rows, int depth, size_t row, size_t
     for (int first = 0; first < rows; first += ROWS) {
         const int count = rows - first < ROWS ? rows - first : ROWS;
         for (int k = 0; k < depth; ++k, packed += ROWS) {
+            if (row == 1 && count == ROWS) {
+                memcpy(packed, from + first + k * step, sizeof(float[ROWS]));
+                continue;
+            }
             for (int r = 0; r < ROWS; ++r) packed[r] = r < count ? from[(first + r) * row + k * step] : 0;
         }
     }
@@ -75,6 +79,8 @@ inline void attend(const attention_call &call, const attention_layout &l, int he
     for (int i = 0; i < call.values; ++i) {
         float line[QUERIES];
         for (int n = 0; n < 2; ++n) store(line + n * LANES, load(sums + (size_t)i * QUERIES + n * LANES) * inverse[n]);
-        for (int j = 0; j < count; ++j) y[j * call.of_y.row + i] = line[j];
+        float *to = y + i * call.of_y.column;
+        if (call.of_y.row == 1) memcpy(to, line, count * sizeof(float));
+        for (int j = 0; call.of_y.row > 1 && j < count; ++j) to[j * call.of_y.row] = line[j];
     }
 }

@@ -58,12 +58,14 @@ inline int groups_of(const conv_shape &s) { return (s.co + ROWS - 1) / ROWS; }
 
 inline int rows_of(const conv_shape &s, bool winograd) { return winograd ? s.ci : s.ci * s.kernel_h * s.kernel_w; }
 
-// The largest power of two that is not above the largest of their sizes; 1 where that is none.
-inline float power_below(const float *values, int count) {
+// The largest power of two that is not above the largest size among one output channel's weights; 1 where that is none.
+inline float power_below(const conv_shape &s, const conv_weights &w, int row) {
     float most = 0;
-    for (int k = 0; k < count; ++k) {
-        const float size = __builtin_fabsf(values[k]);
-        most = size > most ? size : most;
+    for (int i = 0; i < s.ci; ++i) {
+        for (int tap = 0; tap < s.kernel_h * s.kernel_w; ++tap) {
+            const float size = __builtin_fabsf(w.data[row * w.row + i * w.channel + tap]);
+            most = size > most ? size : most;
+        }
     }
     uint32_t power;
     memcpy(&power, &most, sizeof power);
@@ -89,20 +91,19 @@ inline void put_weights(float *panel, bool half, int k, const double *values) {
 // One group of (co, ci, kh, kw) -> (groups, panels, depth, ROWS). In halves there follow factors (groups, ROWS), powers
 // of two by which the weights were divided: the largest of a channel are near 1/16 then, so that small ones are no
 // subnormal halves, and sums of products do not overflow.
-inline void pack_weights(const conv_shape &s, const layout &l, const float *weights, int group, float *packed) {
+inline void pack_weights(const conv_shape &s, const layout &l, const conv_weights &w, int group, float *packed) {
     const int taps = s.kernel_h * s.kernel_w;
     const int count = s.co - group * ROWS < ROWS ? s.co - group * ROWS : ROWS;
     const size_t panel = (size_t)l.depth * ROWS;
-    const float *from = weights + (size_t)group * ROWS * s.ci * taps;
     float *to = packed + group * l.panels * panel;
     float divisors[ROWS];
     for (int r = 0; r < ROWS; ++r) {
-        divisors[r] = l.half && r < count ? 16 * power_below(from + (size_t)r * s.ci * taps, s.ci * taps) : 1;
+        divisors[r] = l.half && r < count ? 16 * power_below(s, w, group * ROWS + r) : 1;
     }
     if (l.half) memcpy(packed + l.groups * l.panels * panel + group * ROWS, divisors, sizeof divisors);
     for (int i = 0; i < s.ci; ++i) {
         const auto weight = [&](int r, int tap) -> double {
-            return r < count ? from[((size_t)r * s.ci + i) * taps + tap] / divisors[r] : 0;
+            return r < count ? w.data[(group * ROWS + r) * w.row + i * w.channel + tap] / divisors[r] : 0;
         };
         if (!l.winograd) {
             for (int k = 0; k < taps; ++k) {

@@ -8,6 +8,12 @@ struct conv_shape {
     int n, ci, h, w, co, out_h, out_w, kernel_h, kernel_w, stride_y, stride_x, pad_y, pad_x;
 };
 
+// (co, ci, kernel_h, kernel_w), or (ci, co) of a linear layer: floats from one output or input channel to the next.
+struct conv_weights {
+    const float *data;
+    size_t row, channel;
+};
+
 // y (n, co, out_h, out_w) = the convolution of x (n, ci, h, w) + bias (co) + add
 struct conv_call {
     conv_shape shape;
@@ -64,7 +70,7 @@ enum half_format { NO_HALVES, FP16, BF16 };
 struct kernels {
     half_format halves;  // that are meant by `half` below
     layout (*lay_out)(const conv_shape &, bool half, int threads);
-    void (*pack_weights)(const conv_shape &, const layout &, const float *weights, int group, float *packed);
+    void (*pack_weights)(const conv_shape &, const layout &, const conv_weights &, int group, float *packed);
     void (*pack)(const conv_call &, const layout &, int block, int count, int from, int to, float *input);
     void (*compute)(const conv_call &, const layout &, int block, int group, const float *input);
     void (*normalize)(const norm_call &, int64_t unit);  // one group of one picture

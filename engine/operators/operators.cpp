@@ -4,8 +4,10 @@
 //                                                    2: bfloat16); weights are constant
 //   GroupNorm(x, scale, shift, modulation_scale?, modulation_shift?)
 //                                                    attributes groups, epsilon, silu
-//   Attention(q, k, v, factor?, factor?)             attributes scale, keys_are_rows, values_are_rows, heads_inside:
-//                                                    q, k, v and the result are (n, rows, heads, columns) then
+//   Attention(q, k, v, factor?, factor?)             attributes scale, keys_are_rows, values_are_rows; heads_inside:
+//                                                    q, k, v and the result are (n, rows, heads, columns) then;
+//                                                    heads: if not 0, they are (n, heads · columns, rows ...), and so
+//                                                    may have a height and a width
 //
 // As onnxruntime_c_api.h wants it: RegisterCustomOps is what a session is given. They are for graphs that this engine
 // has rewritten; what a graph cannot ask for is an error, not a crash. They tell no shapes before they run: the arena
@@ -143,7 +145,8 @@ OrtStatus *keep(const Kernel &made, void **out) {
 
 struct conv_kernel {
     int64_t strides[2], pads[4], half;
-    tensor weights;
+    tensor weights;     // (co, ci, kernel_h, kernel_w)
+    conv_weights held;  // where they are
     pthread_mutex_t mutex;
     const kernels *unit;                  // that packs and computes
     float *packed, *packed_for_winograd;  // null until they are used
@@ -172,7 +175,15 @@ OrtStatus *ORT_API_CALL make_conv(const OrtCustomOp *, const OrtApi *, const Ort
     TRY(api->KernelInfoGetConstantInput_tensor(info, 1, &constant, &weights));
     if (!constant) return refuse("Conv: its weights are not constant");
     TRY(read(weights, made.weights));
-    if (made.weights.rank != 4) return refuse("Conv: its weights are not of four dimensions");
+    int64_t *dims = made.weights.dims;
+    if (made.weights.rank == 2) {  // a linear layer's (ci, co)
+        made.held = {made.weights.data, 1, (size_t)dims[1]};
+        made.weights = {made.weights.data, 4, {dims[1], dims[0], 1, 1}};
+    } else if (made.weights.rank == 4) {
+        made.held = {made.weights.data, (size_t)(dims[1] * dims[2] * dims[3]), (size_t)(dims[2] * dims[3])};
+    } else {
+        return refuse("Conv: its weights are not of four dimensions, or of two");
+    }
     for (const int64_t size : made.weights.dims) {
         if (size < 1) return refuse("Conv: its weights are none");
     }
@@ -201,7 +212,7 @@ OrtStatus *packed_weights(conv_kernel *kernel, const OrtKernelContext *context, 
         } else {
             auto *made = static_cast<float *>(memory);
             status = parallel_for(context, l.groups, [&](size_t group, size_t) {
-                kernel->unit->pack_weights(shape, l, kernel->weights.data, (int)group, made);
+                kernel->unit->pack_weights(shape, l, kernel->held, (int)group, made);
             });
             if (status) free(memory);
             else kept = made;
@@ -348,9 +359,9 @@ OrtStatus *ORT_API_CALL make_norm(const OrtCustomOp *, const OrtApi *, const Ort
     return keep(made, out);
 }
 
-// (c, 1 ...), as many dimensions as x has without its first.
+// (c, 1 ...), no more dimensions than x has without its first.
 bool is_of_channels(const tensor &t, const tensor &x) {
-    if (t.rank + 1 != x.rank || t.dims[0] != x.dims[1]) return false;
+    if (t.rank < 1 || t.rank + 1 > x.rank || t.dims[0] != x.dims[1]) return false;
     for (size_t k = 1; k < t.rank; ++k) {
         if (t.dims[k] != 1) return false;
     }
@@ -398,7 +409,7 @@ OrtStatus *ORT_API_CALL run_norm(void *data, OrtKernelContext *context) {
 // --- Attention ---------------------------------------------------------------------------------------------------
 
 struct attention_kernel {
-    int64_t keys_are_rows, values_are_rows, heads_inside;
+    int64_t keys_are_rows, values_are_rows, heads_inside, heads;
     float scale;
 };
 
@@ -408,8 +419,10 @@ OrtStatus *ORT_API_CALL make_attention(const OrtCustomOp *, const OrtApi *, cons
     TRY(api->KernelInfoGetAttribute_int64(info, "values_are_rows", &made.values_are_rows));
     TRY(api->KernelInfoGetAttribute_int64(info, "heads_inside", &made.heads_inside));
     TRY(api->KernelInfoGetAttribute_float(info, "scale", &made.scale));
-    if (made.heads_inside && !(made.keys_are_rows && made.values_are_rows))
-        return refuse("Attention: heads_inside wants keys and values that are rows");
+    TRY(api->KernelInfoGetAttribute_int64(info, "heads", &made.heads));
+    if (made.heads < 0 || (made.heads && made.heads_inside)) return refuse("Attention: heads inside, or how many?");
+    if ((made.heads_inside || made.heads) && !(made.keys_are_rows && made.values_are_rows))
+        return refuse("Attention: heads and heads_inside want keys and values that are rows");
     return keep(made, out);
 }
 
@@ -417,6 +430,12 @@ OrtStatus *ORT_API_CALL make_attention(const OrtCustomOp *, const OrtApi *, cons
 struct heads {
     size_t pictures = 1, size[3];  // heads, rows, columns
     head_strides strides;
+
+    heads(const tensor &t, int64_t of_channels) {  // (n, heads · columns, rows ...)
+        pictures = t.dims[0], size[0] = of_channels, size[1] = 1, size[2] = t.dims[1] / of_channels;
+        for (size_t k = 2; k < t.rank; ++k) size[1] *= t.dims[k];
+        strides = {t.dims[1] * size[1], size[2] * size[1], 1, size[1]};
+    }
 
     heads(const tensor &t, bool inside, bool are_rows) {
         const tensor all = as_rank_4(t);
@@ -448,12 +467,20 @@ OrtStatus *ORT_API_CALL run_attention(void *data, OrtKernelContext *context) {
     }
     const tensor &q = inputs[0], &k = inputs[1], &v = inputs[2];
     const bool inside = kernel->heads_inside;
+    const int64_t of_channels = kernel->heads;
     bool fits = q.rank >= 2 && k.rank == q.rank && v.rank == q.rank && (q.rank == 4 || !inside);
-    for (size_t n = 0; fits && n + 2 < q.rank; ++n) {
+    if (of_channels) {
+        fits = fits && q.rank >= 3;
+        for (const tensor &t : inputs) fits = fits && t.dims[0] == q.dims[0] && t.dims[1] % of_channels == 0;
+    }
+    for (size_t n = 0; fits && !of_channels && n + 2 < q.rank; ++n) {
         fits = (inside && n == 1) || (k.dims[n] == q.dims[n] && v.dims[n] == q.dims[n]);
     }
     if (!fits) return refuse("Attention: q, k and v differ in dimensions");
-    const heads of_q(q, inside, true), of_k(k, inside, kernel->keys_are_rows), of_v(v, inside, kernel->values_are_rows);
+    const auto split = [&](const tensor &t, bool are_rows) {
+        return of_channels ? heads(t, of_channels) : heads(t, inside, are_rows);
+    };
+    const heads of_q = split(q, true), of_k = split(k, kernel->keys_are_rows), of_v = split(v, kernel->values_are_rows);
     fits = of_k.size[0] == of_q.size[0] && of_v.size[0] == of_q.size[0] && of_k.size[2] == of_q.size[2];
     if (!fits || of_k.size[1] != of_v.size[1] || of_k.size[1] == 0) return refuse("Attention: k and v do not fit q");
     call.q = q.data, call.k = k.data, call.v = v.data;
@@ -462,8 +489,8 @@ OrtStatus *ORT_API_CALL run_attention(void *data, OrtKernelContext *context) {
     call.queries = (int)of_q.size[1], call.depth = (int)of_q.size[2];
     call.keys = (int)of_k.size[1], call.values = (int)of_v.size[2];
     tensor y = q;
-    y.dims[y.rank - 1] = call.values;
-    call.of_y = heads(y, inside, true).strides;
+    y.dims[of_channels ? 1 : y.rank - 1] = of_channels ? of_channels * call.values : call.values;
+    call.of_y = split(y, true).strides;
     TRY(make_output(context, y.dims, y.rank, call.y));
     const attention_layout l = best->lay_out_attention(call);
     const size_t all = (size_t)call.pictures * call.heads;
