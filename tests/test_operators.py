@@ -760,7 +760,9 @@ def test_transpositions_that_are_others_stay(other):
     assert net.left(y).count("Transpose") == 4
 
 
-def attention_of_pixels(heads=2, transposed=True, residual=True, back=(0, 2, 1), again=False) -> tuple[Net, str]:
+def attention_of_pixels(
+    heads=2, transposed=True, residual=True, back=(0, 2, 1), sides=(2, 3), order=(0, 2, 1, 3), again=None
+) -> tuple[Net, str]:
     """Of the pixels of x (n, 8, h, w) between themselves, as PyTorch writes diffusers' attention."""
     net = Net()
     flat = net("Reshape", "x", np.int64([0, 0, -1]))
@@ -783,18 +785,27 @@ def attention_of_pixels(heads=2, transposed=True, residual=True, back=(0, 2, 1),
     columns = net("Div", net("Gather", net("Shape", k), np.int64(2)), np.int64(heads))
     minus, held = np.int64([-1]), np.int64([heads])
     sizes = net("Concat", batch, minus, held, net("Unsqueeze", columns, np.int64([0])), axis=0)
+    rows_of_k = k
     q, k, v = (net("Reshape", one, sizes) for one in (q, k, v))
-    last = net("Slice", net("Gather", net("Shape", q), np.int64([0, 2, 1, 3])), np.int64([-1]), np.int64([9]))
+    last = net("Slice", net("Gather", net("Shape", q), np.int64(order)), np.int64([-1]), np.int64([9]))
     root = net("Sqrt", net("Div", np.float32([1]), net("Sqrt", net("Cast", last, to=1))))
     q, v = net("Mul", net("Transpose", q, perm=(0, 2, 1, 3)), root), net("Transpose", v, perm=(0, 2, 1, 3))
     scores = net("MatMul", q, net("Mul", net("Transpose", k, perm=(0, 2, 3, 1)), root))
     rows = net("Transpose", net("MatMul", net("Softmax", scores, axis=-1), v), perm=(0, 2, 1, 3))
     width = net("Unsqueeze", net("Mul", columns, np.int64(heads)), np.int64([0]))
     rows = net("Reshape", rows, net("Concat", batch, minus, width, axis=0))
-    parts = [net("Gather", net("Shape", "x"), np.int64([n])) for n in (1, 2, 3)]
+    parts = [net("Gather", net("Shape", "x"), np.int64([n])) for n in (1, *sides)]
     y = net("Reshape", net("Transpose", layer(rows), perm=back), net("Concat", batch, *parts, axis=0))
     y = net("Add", y, "x") if residual else y
-    return net, net("Add", y, net("ReduceSum", x, np.int64([0, 1, 2]))) if again else y
+    used = {
+        "norm": lambda: x,
+        "norm, by a layer": lambda: layer(x),
+        "rows": lambda: rows_of_k,
+        "rows, divided": lambda: k,
+        "number of rows": lambda: net("Cast", net("Gather", net("Shape", rows_of_k), np.int64([1])), to=1),
+        None: None,
+    }[again]
+    return net, y if used is None else net("Add", y, net("ReduceSum", used(), keepdims=0))
 
 
 @needs_library
@@ -810,9 +821,19 @@ def test_attention_of_pixels_needs_no_transposition(told, shape):
 
 
 @needs_library
-def test_attention_of_pixels_whose_norm_is_used_again_keeps_its_rows():
-    net, y = attention_of_pixels(again=True)
-    assert net.fused(y) == ["GroupNorm", "Attention"]
+@pytest.mark.parametrize(
+    "told",
+    [
+        *({"again": one} for one in ("norm", "norm, by a layer", "rows", "rows, divided", "number of rows")),
+        {"back": (2, 1, 0)},
+        {"sides": (3, 2)},
+        {"order": (0, 2, 3, 1)},
+    ],
+)
+def test_attention_of_pixels_that_is_another_keeps_its_rows(told):
+    net, y = attention_of_pixels(**told)
+    assert net.fused(y, floats(2, 8, 4, 4)) == ["GroupNorm", "Attention"]
+    assert net.fused(y, floats(2, 8, 12, 12)) == ["GroupNorm", "Attention"]
 
 
 @needs_library

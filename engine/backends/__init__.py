@@ -142,7 +142,7 @@ def _open(
         hint += "on a CPU that has it"
         if (name, own.precision) == ("ort-cpu", "fp32") and precision in HALF_NEEDS:
             hint = f"leave --precision out; {precision} takes {HALF_NEEDS[precision]}, this package's operators (see "
-            hint += "'sdedit doctor') and a model of 1 MB to 2 GB"
+            hint += "'sdedit doctor') and a model of 1 MB to 2 GB; on other CPUs --backend openvino may have it"
         raise BackendUnavailable(
             f"precision {precision} was asked for; {own.name} is {own.precision}, and {name} runs it in "
             f"{' or '.join(can)} alone",

@@ -6,13 +6,13 @@ attention, with the linear layers around it where each pixel of a picture is a r
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sdedit.backends.ort_nodes import DOMAIN, FLOAT, Graph, Node
 from sdedit.protobuf import field, fields
 
-FORMAT = 3  # of what `fuse` writes; another when it writes something else for the same graph
+FORMAT = 4  # of what `fuse` writes; another when it writes something else for the same graph
 GRAPH, OPSET = 7, 8  # of a ModelProto
 GELU, PRODUCTS = "com.microsoft.QuickGelu", ("MatMul", "com.microsoft.FusedMatMul")
 OTHER_FLAGS = ("transA", "transBatchA", "transBatchB")  # of a FusedMatMul, beside transB
@@ -24,7 +24,7 @@ ROWS_LAST_BUT_ONE, ROWS_LAST = (0, 2, 1, 3), (0, 2, 3, 1)  # orders of (n, rows,
 def fuse(model: bytes, *, half: str | None = None) -> bytes | None:
     """The same network with this package's operators; None where it has no use for them.
 
-    half: "fp16" or "bf16", of its convolutions; None where none is fused.
+    half: "fp16" or "bf16", of its convolutions; there is no use where it has none of them.
     Raises ValueError where `model` is no ONNX model, IndexError or StopIteration where it is not a valid one.
     """
     parts = list(fields(memoryview(model)))
@@ -85,10 +85,15 @@ def _convolution(graph: Graph, conv: Node) -> None:
     pads, strides = conv.integers("pads", (0, 0, 0, 0)), conv.integers("strides", (1, 1))
     if conv.text("auto_pad", "NOTSET") != "NOTSET" or min(pads) < 0:
         return
-    inputs, last = list(conv.inputs), conv
-    if (added := graph.user(conv, "Add")) is not None and (other := _other(added, conv.output)) not in graph.constants:
-        inputs, last = [*inputs, *[""] * (3 - len(inputs)), other], added
+    inputs, last = _with_added(graph, conv, conv.inputs)
     graph.convolve(last, inputs, pads, strides)
+
+
+def _with_added(graph: Graph, last: Node, inputs: Sequence[str]) -> tuple[list[str], Node]:
+    """The inputs of a convolution that makes what `last` makes, with what is added to that; and the last node then."""
+    if (added := graph.user(last, "Add")) is not None and (other := _other(added, last.output)) not in graph.constants:
+        return [*inputs, *[""] * (3 - len(inputs)), other], added
+    return list(inputs), last
 
 
 def _attention(graph: Graph, softmax: Node) -> None:
@@ -113,7 +118,7 @@ def _attention(graph: Graph, softmax: Node) -> None:
     inner = []
     for number, (name, last_one) in enumerate(zip(inputs, rows_last, strict=True)):
         if number < 2 and (factor := graph.maker(name, "Mul")) is not None:
-            number_of = next((one for one in factor.inputs if _one_number(graph, one) is not None), None)
+            number_of = next((one for one in factor.inputs if _is_one_number(graph, one)), None)
             if number_of is not None:
                 factors[number], name = number_of, _other(factor, number_of)
         outer = graph.maker(name, "Transpose")
@@ -135,48 +140,6 @@ def _attention(graph: Graph, softmax: Node) -> None:
     graph.replace(result, "Attention", inputs, scale=scale, **told)
 
 
-def _attention_of_pixels(
-    graph: Graph, attended: Node, q_k_v: Sequence[str], scale: float, factors: Sequence[str]
-) -> bool:
-    """Group norm of a picture -> linear layers -> attention between pixels -> linear layer -> + the picture.
-
-    Whether it is that. PyTorch makes rows of the pixels for it; here they stay where they are, the layers are
-    convolutions of 1x1, and nothing is transposed. attended: the last node of the attention; q_k_v: its inputs.
-    """
-    layers = [_layer_of_rows(graph, name) for name in q_k_v]
-    out = graph.user(graph.user(attended, "Reshape"), "MatMul")
-    moved = graph.user(out, "Add")
-    picture = graph.user(graph.user(moved, "Transpose"), "Reshape")
-    if None in layers or out is None or moved is None or picture is None:
-        return False
-    first, *others = [layer for layer in layers if layer is not None]
-    norm = graph.fused.get(id(graph.maker(first.x, "Add")))
-    if norm is None or norm.name != "GroupNorm" or any((one.x, one.heads) != (first.x, first.heads) for one in others):
-        return False
-    flat = graph.maker(norm.inputs[0], "Reshape")
-    back = graph.maker(picture.inputs[1], "Concat")
-    if flat is None or graph.values(flat.inputs[1]) != (0, 0, -1) or back is None or len(back.inputs) != 4:
-        return False
-    if graph.users(first.x) - {*PRODUCTS, "Transpose"} or not _is_linear(graph, out, moved):
-        return False
-    columns = graph.constants[first.weights].dims[1] // first.heads
-    for factor in filter(None, factors):
-        scale *= _one_number(graph, factor, columns) or 0
-    x = flat.inputs[0]
-    norm.inputs = [x, *norm.inputs[1:]]
-    for layer in (first, *others):
-        graph.convolve(layer.last, [first.x, layer.weights, layer.bias], NO_PADS, NO_STRIDES)
-    told = {"keys_are_rows": (1,), "values_are_rows": (1,), "heads_inside": (0,), "heads": (first.heads,)}
-    graph.replace(attended, "Attention", [layer.last.output for layer in (first, *others)], scale=scale, **told)
-    inputs, last = [attended.output, out.inputs[1], _other(moved, out.output)], picture
-    if (added := graph.user(picture, "Add")) is not None and (
-        other := _other(added, picture.output)
-    ) not in graph.constants:
-        inputs, last = [*inputs, other], added
-    graph.convolve(last, inputs, NO_PADS, NO_STRIDES)
-    return True
-
-
 @dataclass
 class _Layer:
     """A linear layer of rows, each of which is then divided into heads."""
@@ -184,32 +147,82 @@ class _Layer:
     x: str  # (n, channels, rows)
     weights: str
     bias: str
+    last: Node  # that makes (n, rows, heads · columns)
+    divided: Node  # that makes (n, rows, heads, columns)
     heads: int
-    last: Node  # that makes the rows
+
+
+def _attention_of_pixels(
+    graph: Graph, attended: Node, q_k_v: Sequence[str], scale: float, factors: Sequence[str]
+) -> bool:
+    """Group norm -> linear layers -> attention between pixels -> linear layer (-> +). Whether it is that.
+
+    PyTorch makes rows of the pixels for it. Here they stay where they are: the layers are convolutions of 1x1, and
+    nothing is transposed. attended: the last node of the attention; q_k_v: its inputs; factors: of q and of k.
+    """
+    found = [_layer_of_rows(graph, name) for name in q_k_v]
+    layers = [layer for layer in found if layer is not None]
+    product = graph.user(graph.user(attended, "Reshape"), "MatMul")
+    moved = graph.user(product, "Add")
+    turned = graph.user(moved, "Transpose")
+    picture = graph.user(turned, "Reshape")
+    if len(layers) < 3 or product is None or moved is None or turned is None or picture is None:
+        return False
+    (q, k, v), x = layers, layers[0].x
+    norm = graph.fused.get(id(graph.maker(x, "Add")))
+    if norm is None or norm.name != "GroupNorm" or len(norm.inputs) != 3 or turned.integers("perm", ()) != ROWS_FIRST:
+        return False
+    flat = graph.maker(norm.inputs[0], "Reshape")
+    if flat is None or graph.values(flat.inputs[1]) != (0, 0, -1) or not _has_sides_of(graph, picture, flat.inputs[0]):
+        return False
+    if any((layer.x, layer.heads) != (x, q.heads) for layer in layers) or not _is_linear(graph, product, moved):
+        return False
+    columns = graph.constants[q.weights].dims[1] // q.heads
+    known = {layer.divided.output: columns for layer in (q, k)}
+    numbers = [_value(graph, name, known) for name in factors if name]
+    if None in numbers or graph.constants[product.inputs[1]].dims[0] != graph.constants[v.weights].dims[1]:
+        return False
+    before, norm_inputs = dict(graph.fused), norm.inputs
+    norm.inputs = [flat.inputs[0], *norm.inputs[1:]]
+    for layer in layers:
+        graph.convolve(layer.last, [x, layer.weights, layer.bias], NO_PADS, NO_STRIDES)
+    told = {"keys_are_rows": (1,), "values_are_rows": (1,), "heads_inside": (0,), "heads": (q.heads,)}
+    scale *= math.prod(number for number in numbers if number is not None)
+    graph.replace(attended, "Attention", [layer.last.output for layer in layers], scale=scale, **told)
+    inputs, last = _with_added(graph, picture, [attended.output, product.inputs[1], _other(moved, product.output)])
+    graph.convolve(last, inputs, NO_PADS, NO_STRIDES)
+    ours = {id(node) for node in (*(layer.last for layer in layers), attended, last)}
+    changed = {x, attended.output, *(layer.last.output for layer in layers)}  # pixels now, where rows were
+    if any(id(node) not in ours and not changed.isdisjoint(one.inputs) for node, one in graph.live()):
+        graph.fused, norm.inputs = before, norm_inputs
+        return False
+    return True
 
 
 def _layer_of_rows(graph: Graph, name: str) -> _Layer | None:
-    """The layer whose rows (n, rows, heads, columns) are."""
+    """The one that makes the rows that are divided in `name`, if that is what it is."""
     divided = graph.maker(name, "Reshape")
     last = divided and graph.maker(divided.inputs[0], "Add")
-    if divided is None or last is None or graph.users(last.output) - {"Reshape", "Shape"}:
+    sizes = divided and graph.maker(divided.inputs[1], "Concat")  # n, rows, heads, columns
+    if divided is None or last is None or sizes is None or len(sizes.inputs) != 4:
         return None
     product = next((one for name in last.inputs if (one := graph.maker(name, *PRODUCTS)) is not None), None)
-    sizes = graph.maker(divided.inputs[1], "Concat")
-    heads = graph.values(sizes.inputs[2]) if sizes is not None and len(sizes.inputs) == 4 else ()
+    heads = graph.values(sizes.inputs[2])
     if product is None or len(heads) != 1 or not heads[0] >= 1 or not _is_linear(graph, product, last):
         return None
-    x: str | None = product.inputs[0]
-    if product.integers("transA", (0,)) == (0,):
-        turned = graph.maker(product.inputs[0], "Transpose")
-        x = turned.inputs[0] if turned is not None and turned.integers("perm", ()) == ROWS_FIRST else None
-    if x is None or graph.constants[product.inputs[1]].dims[1] % heads[0]:
+    if graph.constants[product.inputs[1]].dims[1] % heads[0] or not _is_of_columns(graph, sizes.inputs[3], heads):
         return None
-    return _Layer(x, product.inputs[1], _other(last, product.output), int(heads[0]), last)
+    x = product.inputs[0]  # transposed, here or there
+    if product.integers("transA", (0,)) == (0,):
+        turned = graph.maker(x, "Transpose")
+        if turned is None or turned.integers("perm", ()) != ROWS_FIRST:
+            return None
+        x = turned.inputs[0]
+    return _Layer(x, product.inputs[1], _other(last, product.output), last, divided, int(heads[0]))
 
 
 def _is_linear(graph: Graph, product: Node, added: Node) -> bool:
-    """Whether a product, perhaps of what is transposed, and a sum are a linear layer with constant weights and bias."""
+    """Whether a product, perhaps of what it transposes, and a sum are a linear layer: constant weights and bias."""
     weights, bias = (graph.constants.get(name) for name in (product.inputs[1], _other(added, product.output)))
     if weights is None or weights.element != FLOAT or len(weights.dims) != 2:
         return False
@@ -219,26 +232,71 @@ def _is_linear(graph: Graph, product: Node, added: Node) -> bool:
     return others == {(0,)} and product.number("alpha", 1.0) == 1.0
 
 
-def _one_number(graph: Graph, name: str, last: float = 1.0) -> float | None:
-    """Its value, where this is one number for sure: a constant, the last part of a shape, or made of such."""
+def _is_of_columns(graph: Graph, name: str, heads: tuple[float, ...]) -> bool:
+    """Whether this is a constant, or the last one of three sizes, divided by the heads."""
+    if (node := graph.maker(name, "Unsqueeze")) is not None:
+        name = node.inputs[0]
+    if (node := graph.maker(name, "Div")) is not None and graph.values(node.inputs[1]) == heads:
+        size = graph.maker(node.inputs[0], "Gather")
+        return (
+            size is not None
+            and graph.maker(size.inputs[0], "Shape") is not None
+            and (graph.values(size.inputs[1]) in ((2,), (-1,)))
+        )
+    return name in graph.constants
+
+
+def _has_sides_of(graph: Graph, reshape: Node, x: str) -> bool:
+    """Whether it makes (n, channels, height, width), the last two those of x or constants."""
+    sizes = graph.maker(reshape.inputs[1], "Concat")
+    if sizes is None or len(sizes.inputs) != 4:
+        return False
+    for axis, name in enumerate(sizes.inputs[2:], start=2):
+        while (node := graph.maker(name, "Unsqueeze")) is not None:
+            name = node.inputs[0]
+        size = graph.maker(name, "Gather")
+        shape = size and graph.maker(size.inputs[0], "Shape")
+        of_x = (
+            size is not None and shape is not None and shape.inputs == [x] and graph.values(size.inputs[1]) == (axis,)
+        )
+        if not of_x and name not in graph.constants:
+            return False
+    return True
+
+
+def _is_one_number(graph: Graph, name: str) -> bool:
+    """Whether this is one number for sure: a constant, the last part of a shape, or made of such."""
     if name in graph.constants:
-        values = graph.values(name)
-        return values[0] if len(values) == 1 else None
+        return len(graph.values(name)) == 1
     if (node := graph.maker(name, "Slice")) is not None:
-        is_last = graph.values(node.inputs[1]) == (-1,) and graph.maker(node.inputs[0], "Shape", "Gather") is not None
-        return last if is_last else None
-    if (node := graph.maker(name, "Sqrt", "Div", "Mul", "Cast")) is None:
-        return None
-    values = tuple(value for one in node.inputs if (value := _one_number(graph, one, last)) is not None)
-    match node.operator, values:
-        case "Sqrt", (value,) if value >= 0:
+        return graph.values(node.inputs[1]) == (-1,) and graph.maker(node.inputs[0], "Shape", "Gather") is not None
+    node = graph.maker(name, "Sqrt", "Div", "Mul", "Cast")
+    return node is not None and all(_is_one_number(graph, one) for one in node.inputs)
+
+
+def _value(graph: Graph, name: str, columns: Mapping[str, int]) -> float | None:
+    """What `_is_one_number`, where that is known. columns: the last size of tensors of four dimensions."""
+    if name in graph.constants:
+        (value,) = graph.values(name)
+        return value
+    if (node := graph.maker(name, "Slice")) is not None:
+        ordered = graph.maker(node.inputs[0], "Gather")  # of a transposed tensor, as the optimiser writes it
+        if ordered is not None and graph.values(ordered.inputs[1])[3:] != (3,):
+            return None
+        shape = graph.maker(node.inputs[0] if ordered is None else ordered.inputs[0], "Shape")
+        is_whole = shape is not None and shape.integers("start", (0,)) == (0,) and not shape.integers("end", ())
+        return columns.get(shape.inputs[0]) if shape is not None and is_whole else None
+    node = graph.maker(name, "Sqrt", "Div", "Mul", "Cast")
+    values = [None if node is None else _value(graph, one, columns) for one in (node.inputs if node else [name])]
+    match node and node.operator, values:
+        case "Sqrt", [float(value)] if value >= 0:
             return math.sqrt(value)
-        case "Div", (a, b) if b != 0:
+        case "Div", [float(a), float(b)] if b != 0:  # of integers it would be another
             return a / b
-        case "Mul", (a, b):
+        case "Mul", [float(a), float(b)]:
             return a * b
-        case "Cast", (value,):
-            return value
+        case "Cast", [int() | float() as value] if node is not None and node.integers("to", ()) == (FLOAT,):
+            return float(value)
     return None
 
 

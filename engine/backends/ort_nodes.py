@@ -153,10 +153,6 @@ class Graph:
                 return user
         return None
 
-    def users(self, name: str) -> set[str]:
-        """The operators that use this; "" for the caller of the graph."""
-        return {node.operator for node in self._users.get(name, [])} | ({""} if name in self._kept else set())
-
     def values(self, name: str) -> tuple[float, ...]:
         """Of a constant; none where it is not known."""
         return self.constants[name].values if name in self.constants else ()
@@ -170,15 +166,19 @@ class Graph:
         self.has_convolution = True
         self.replace(last, "Conv", inputs, pads=pads, strides=strides, half=(HALVES.index(self.half),))
 
-    def written(self) -> bytes:
-        written: list[bytes] = []
+    def live(self) -> Iterator[tuple[Node, Node | Operator]]:
+        """The nodes that are needed, the last first, each with what stands in its place."""
         used = set(self._kept)
         for node in reversed(self.nodes):
-            one = self.fused.get(id(node), node)
-            if used.isdisjoint(node.outputs):
-                continue
+            if not used.isdisjoint(node.outputs):
+                one = self.fused.get(id(node), node)
+                used.update(one.inputs)
+                yield node, one
+
+    def written(self) -> bytes:
+        written: list[bytes] = []
+        for _, one in self.live():
             assert not isinstance(one.data, int)
-            used.update(one.inputs)
             written.append(field(NODE, one.data))
         return b"".join([*reversed(written), *(field(number, value) for number, value in self._rest)])
 

@@ -1,7 +1,8 @@
 // Operators for ONNX Runtime's CPU provider, of domain "sdedit", for float32:
 //
 //   Conv(x, weights, bias?, add?)                    attributes pads, strides, half (0: float32, 1: IEEE's halves,
-//                                                    2: bfloat16); weights are constant
+//                                                    2: bfloat16); weights are constant, (co, ci, height, width) or,
+//                                                    of a linear layer, (ci, co)
 //   GroupNorm(x, scale, shift, modulation_scale?, modulation_shift?)
 //                                                    attributes groups, epsilon, silu
 //   Attention(q, k, v, factor?, factor?)             attributes scale, keys_are_rows, values_are_rows; heads_inside:
@@ -145,8 +146,8 @@ OrtStatus *keep(const Kernel &made, void **out) {
 
 struct conv_kernel {
     int64_t strides[2], pads[4], half;
-    tensor weights;     // (co, ci, kernel_h, kernel_w)
-    conv_weights held;  // where they are
+    tensor weights;     // as if of four dimensions
+    conv_weights held;  // how they lie
     pthread_mutex_t mutex;
     const kernels *unit;                  // that packs and computes
     float *packed, *packed_for_winograd;  // null until they are used
@@ -166,6 +167,7 @@ OrtStatus *ORT_API_CALL make_conv(const OrtCustomOp *, const OrtApi *, const Ort
     }
     TRY(api->KernelInfoGetAttribute_int64(info, "half", &made.half));
     made.unit = best;
+    if (made.half < NO_HALVES || made.half > BF16) return refuse("Conv: half is not 0, 1 or 2");
     if (made.half != NO_HALVES && made.half != made.unit->halves) {
         return refuse(made.half == BF16 ? "Conv: in bfloat16 it needs a processor with AVX512-BF16 and no AVX512-FP16"
                                         : "Conv: in half precision it needs a processor with AVX512-FP16");
@@ -420,7 +422,8 @@ OrtStatus *ORT_API_CALL make_attention(const OrtCustomOp *, const OrtApi *, cons
     TRY(api->KernelInfoGetAttribute_int64(info, "heads_inside", &made.heads_inside));
     TRY(api->KernelInfoGetAttribute_float(info, "scale", &made.scale));
     TRY(api->KernelInfoGetAttribute_int64(info, "heads", &made.heads));
-    if (made.heads < 0 || (made.heads && made.heads_inside)) return refuse("Attention: heads inside, or how many?");
+    if (made.heads < 0) return refuse("Attention: heads are negative");
+    if (made.heads && made.heads_inside) return refuse("Attention: heads and heads_inside exclude each other");
     if ((made.heads_inside || made.heads) && !(made.keys_are_rows && made.values_are_rows))
         return refuse("Attention: heads and heads_inside want keys and values that are rows");
     return keep(made, out);
