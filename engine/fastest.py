@@ -45,9 +45,10 @@ from sdedit.operators import shipped
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of what is kept
+FORMAT = 2  # of what is kept
 MARGIN = 1.05  # as much faster than what `auto` takes must another be: less is noise, and no reason to round
-WARM_UPS, LEAST_RUNS, MOST_RUNS, TIMED_SECONDS = 2, 3, 30, 0.6
+WARM_UPS, LEAST_RUNS, MOST_RUNS, TIMED_SECONDS = 2, 3, 30, 0.4
+AGAIN, CLOSE = 2, 2.0  # as often are those timed again that may be the fastest: other work disturbs some of the turns
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 
 
@@ -59,7 +60,7 @@ class Trial:
     file: str  # its name, for the user
     backend: str
     precision: str
-    evaluation_ms: float | None = None  # median, one image; None where it does not run
+    evaluation_ms: float | None = None  # median, one image, of the best turn; None where it does not run
     error: float | None = None  # the worst of `verify`; None where it was not looked at: a faster one passed
 
     @property
@@ -123,6 +124,16 @@ def _try_all(models: Sequence[Artifact], backend: str, precision: str | None, th
     for trial in _candidates(models, backend, precision):
         trials.append(_timed(trial, by_sha256[trial.sha256], threads))
         log.info("fast:   %s: %s", trial, _in_ms(trials[-1].evaluation_ms))
+    for turn in range(AGAIN if len(trials) > 1 else 0):
+        most = CLOSE * min((trial.evaluation_ms for trial in trials if trial.evaluation_ms is not None), default=0)
+        for at in sorted(range(len(trials)), reverse=turn % 2 == 0):
+            before = trials[at].evaluation_ms
+            if before is None or before > most:
+                continue
+            now = _timed(trials[at], by_sha256[trials[at].sha256], threads).evaluation_ms
+            if now is not None and now < before:
+                trials[at] = replace(trials[at], evaluation_ms=now)
+                log.info("fast:   %s: %s", trials[at], _in_ms(now))
     right = _reference(models[0], threads)
     for at in sorted(range(len(trials)), key=lambda at: _cost(trials[at], trials)):
         if trials[at].evaluation_ms is not None:

@@ -65,6 +65,17 @@ def test_a_few_percent_are_no_reason_to_leave_what_auto_takes(folder, times):
     assert opened(folder) == ("right.onnx", "fp32")
 
 
+def test_what_was_disturbed_once_is_timed_again(folder, monkeypatch):
+    said = {"right.onnx": [6.0, 6.0, 9.0], "int8.onnx": [9.0, 5.0, 9.0], "wrong.onnx": [99.0, 1.0, 1.0]}
+
+    def timed(trial, model, threads):
+        return replace(trial, evaluation_ms=said[trial.file].pop(0))
+
+    monkeypatch.setattr(fastest, "_timed", timed)
+    assert opened(folder) == ("int8.onnx", "int8")
+    assert said == {"right.onnx": [], "int8.onnx": [], "wrong.onnx": [1.0, 1.0]}  # nobody near it was that slow
+
+
 def test_what_does_not_run_is_passed_over(folder, times):
     times |= {"int8.onnx": None, "right.onnx": 9.0}
     assert opened(folder) == ("right.onnx", "fp32")
