@@ -61,16 +61,20 @@ def model_of(nodes, constants, inputs, output="y", rank=4) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=9)
 
 
-@pytest.fixture(params=shipped.UNITS.values())
-def unit(request):
-    """The tests that use it run on each vector unit of this processor."""
+def used(wanted: int, name: str):
+    """What `name` names, on that vector unit."""
     library = ctypes.CDLL(str(shipped.LIBRARY))
-    wanted = next(number for number, name in shipped.UNITS.items() if name == request.param)
     if library.sdedit_use_vector_unit(wanted) != wanted:
         library.sdedit_use_vector_unit(max(shipped.UNITS))
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
+        pytest.skip(f"this processor has no {name}")
+    yield name
     library.sdedit_use_vector_unit(max(shipped.UNITS))
+
+
+@pytest.fixture(params=shipped.UNITS.items(), ids=shipped.UNITS.values())
+def unit(request):
+    """The tests that use it run on each vector unit of this processor."""
+    yield from used(*request.param)
 
 
 # --- the library -------------------------------------------------------------------------------------------------
@@ -303,16 +307,10 @@ MOST = {
 needs_half = pytest.mark.skipif(OWN == "none", reason="half precision is for AVX512-FP16 or AVX512-BF16")
 
 
-@pytest.fixture(params=MOST)
+@pytest.fixture(params=shipped.HALVES.items(), ids=shipped.HALVES.values())
 def half(request):
     """The tests that use it run in each half precision of this processor."""
-    library = ctypes.CDLL(str(shipped.LIBRARY))
-    wanted = next(number for number, name in shipped.HALVES.items() if name == request.param)
-    if library.sdedit_use_vector_unit(wanted) != wanted:
-        library.sdedit_use_vector_unit(max(shipped.UNITS))
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    library.sdedit_use_vector_unit(max(shipped.UNITS))
+    yield from used(*request.param)
 
 
 def error_of_half(half, x, weights, *given, **told) -> float:
