@@ -132,10 +132,7 @@ def write(
         metadata["precision"] = precision
 
         files: list[Path] = []
-        emulated = precision in (
-            "fp16",
-            "bf16",
-        )  # as a GPU rounds: ONNX Runtime's CPU has no bf16, and no fp16 roundings
+        emulated = precision in ("fp16", "bf16")  # as a GPU rounds: ONNX Runtime's CPU has neither's roundings
         runnable = scratch / ("emulated.onnx" if emulated else path.name)
 
         def save(model: onnx.ModelProto) -> None:

@@ -981,6 +981,17 @@ def test_the_graph_cache_keeps_both_precisions(weighty, tmp_path, monkeypatch):
     assert not np.array_equal(made[OWN][0], made[None][0])
 
 
+@pytest.mark.parametrize("half", [None, "fp16", "bf16"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 100])
+@pytest.mark.parametrize("picture", [0, 1])
+def test_graphs_agree_only_where_both_pictures_do(half, wrong, picture):
+    x, wanted = floats(2, 3, 8, 8), floats(2, 3, 8, 8)
+    assert ort_graph._agree(x, wanted, wanted, "fp32", half)
+    found = wanted.copy()
+    found[picture, 0, 0, 0] = wrong
+    assert not ort_graph._agree(x, wanted, found, "fp32", half)
+
+
 @needs_half
 def test_half_precision_is_refused_where_there_is_none(weighty, network, monkeypatch):
     with pytest.raises(sdedit.BackendUnavailable, match="and ort-cpu runs it in fp32 alone"):

@@ -112,7 +112,7 @@ def _agree(x: NDArray[Any], wanted: NDArray[Any], found: NDArray[Any], precision
     """Not those of a network that gives Inf or NaN, whose graph is left as it is."""
     with np.errstate(all="ignore"):
         if half is not None:
-            off = max(map(verify.relative_error, x, wanted, found))
-            return off <= HALF_MARGIN * verify.TOLERANCES[half]
+            most = HALF_MARGIN * verify.TOLERANCES[half]  # for each picture: NaN is not within it
+            return all(verify.relative_error(*picture) <= most for picture in zip(x, wanted, found, strict=True))
         apart, size = np.linalg.norm(found - wanted), np.linalg.norm(wanted)
         return bool(apart <= TOLERANCES.get(precision, 0) * size)
