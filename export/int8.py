@@ -19,7 +19,7 @@ from sdedit.export.precision import widen
 
 ROUNDING = {"DequantizeLinear", "QuantizeLinear"}
 MOST = 0.04  # of D, as ‖ΔD‖ / max(‖D‖, ‖x - D‖), at any noise level; `verify` allows a little more, on other images
-LESS = 0.9  # of the tolerance, where the result is not accepted
+LESS = 0.9  # of the tolerance that the excess allows
 PROBED = 5 * 64 * 64  # pixels on which layers are compared, of images at noise levels spread over all
 LEAST_PROBED = 2  # images, however large
 
@@ -32,14 +32,15 @@ def quantize(
     feeds: Iterable[Feed],
     *,
     tolerance: float = MOST,
-    accepted: Callable[[ModelProto], bool] = lambda _: True,
+    excess: Callable[[ModelProto], float] = lambda _: 0.0,
 ) -> ModelProto:
     """The denoiser with 8-bit layers: QuantizeLinear and DequantizeLinear, u8 activations, s8 weights per channel.
 
     feeds: network inputs, {"x": (B, C, H, W), "sigma": (B,)}, from all noise levels: they set the ranges. Layers with
     weights are rounded one at a time on a few images of them. As many of those that err least become int8 as keep the
     tolerance together, on every image; the others stay float32, if need be all. In a U-Net the costly ones write the
-    finest residual stream. accepted: is asked of the result; where it refuses, the tolerance is made smaller.
+    finest residual stream. excess: is asked for the error of the result elsewhere, as a multiple of what is allowed
+    there; above 1 (or NaN) there are fewer layers, of a tolerance that much smaller.
     """
     feeds = list(feeds)
     model = widen(model)
@@ -82,9 +83,10 @@ def quantize(
                 fewest, most = (count, most) if keeps(count) else (fewest, count - 1)
             result = _with_layers(model, all_rounded, set(order[:fewest]))
             del result.graph.value_info[:]
-            if fewest == 0 or accepted(result):
+            if fewest == 0 or (too_large := excess(result)) <= 1:
                 return result
-            most, tolerance = fewest - 1, LESS * min(tolerance, worst[fewest])
+            smaller = LESS / too_large if np.isfinite(too_large) else LESS
+            most, tolerance = fewest - 1, smaller * min(tolerance, worst[fewest])
 
 
 def _calibrated(source: Path, target: Path, layers: Sequence[str], feeds: Sequence[Feed]) -> ModelProto:
@@ -176,7 +178,8 @@ def _errors(
     ]
     images.sort(key=lambda feed: float(feed["sigma"].item()))
     count = max(LEAST_PROBED, PROBED // math.prod(images[0]["x"].shape[2:]))
-    for feed in [images[i] for i in np.unique(np.linspace(0, len(images) - 1, count).round().astype(int))]:
+    middles = (np.arange(count) + 0.5) * len(images) / count  # of equal parts, from low noise to high
+    for feed in [images[i] for i in np.unique(middles.astype(int))]:
         exact = session.run(None, {**feed, "int8_layer": np.array(-1)})[0]
         size = max(np.linalg.norm(exact), np.linalg.norm(feed["x"] - exact))
         for i in range(len(layers)):

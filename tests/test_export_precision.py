@@ -613,18 +613,33 @@ def test_int8_takes_as_many_layers_as_keep_the_tolerance(small: ModelProto) -> N
     assert counts[0] < counts[-1] == 7
 
 
-def test_a_result_that_is_refused_is_made_again_with_fewer_layers(small: ModelProto) -> None:
+def test_a_result_that_errs_too_much_elsewhere_is_made_again_with_fewer_layers(small: ModelProto) -> None:
     asked: list[int] = []
 
-    def accepted(made: ModelProto) -> bool:
+    def excess(made: ModelProto) -> float:
         asked.append(len(eight_bit_layers(made)))
-        return len(asked) == 3
+        return 1.0 if len(asked) == 3 else 1.01
 
-    made = quantize(small, feeds(), tolerance=3e-3, accepted=accepted)
+    made = quantize(small, feeds(), tolerance=3e-3, excess=excess)
     assert len(eight_bit_layers(made)) == asked[-1]
     assert asked == sorted(set(asked), reverse=True)
-    nothing = quantize(small, feeds(), tolerance=3e-3, accepted=lambda _: False)
-    assert eight_bit_layers(nothing) == []
+    for nothing in (2.0, math.inf, math.nan):
+        assert eight_bit_layers(quantize(small, feeds(), tolerance=3e-3, excess=lambda _, e=nothing: e)) == []
+
+
+def test_the_tolerance_becomes_smaller_by_what_was_too_much(small: ModelProto) -> None:
+    """Ten times too much in one search, as a tenth of the tolerance from the start."""
+    answers = [10.0, 0.0]
+    made = quantize(small, feeds(), tolerance=3e-3, excess=lambda _: answers.pop(0))
+    assert not answers
+    exact, *rounded = (
+        [run(model, feed["x"], feed["sigma"]) for feed in feeds()]
+        for model in (small, made, quantize(small, feeds(), tolerance=3e-3))
+    )
+    worst, before = (
+        max(worst_error(e, r, feed["x"]) for e, r, feed in zip(exact, these, feeds(), strict=True)) for these in rounded
+    )
+    assert 0 < worst <= before / 10
 
 
 def test_no_tolerance_at_all_is_float32(small: ModelProto) -> None:
