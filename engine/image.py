@@ -98,7 +98,11 @@ def read(source: Source, channels: int, role: str = "guide") -> Picture:
             f"the {role} is an array of {array.dtype} {array.shape}; wanted uint8 (height, width, 3)",
             hint="pass a path, a PIL image or a uint8 RGB array",
         )
-    return read(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array), channels, role)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim == channels == 3 == array.shape[2]:
+        return Picture(array.copy(), f"the {role}", None)
+    return read(Image.fromarray(array), channels, role)
 
 
 def _read_file(path: Path, channels: int, role: str) -> Picture:
@@ -222,13 +226,17 @@ def _crop_window(guide: Picture, frame: tuple[int, int], mask: Floats | None) ->
 
 def to_model(guide: Picture, placement: Placement) -> Floats:
     """The guide in the model's frame: (C, H, W) float32 in [-1, 1]. Padding repeats the edge."""
-    left, top, right, bottom = placement.part
-    planes = [
-        np.asarray(_resize(Image.fromarray(plane).crop(placement.window), (right - left, bottom - top)))
-        for plane in np.moveaxis(guide.pixels, 2, 0)
-    ]
-    margins = ((0, 0), (top, placement.frame[1] - bottom), (left, placement.frame[0] - right))
-    return np.pad(np.stack(planes), margins, mode="edge").astype(np.float32) / np.float32(127.5) - np.float32(1)
+    window, part, (width, height) = placement.window, placement.part, placement.frame
+    pixels = guide.pixels[window[1] : window[3], window[0] : window[2]]
+    size = part[2] - part[0], part[3] - part[1]
+    if size != (window[2] - window[0], window[3] - window[1]):
+        pixels = np.asarray(_resize(to_image(pixels), size)).reshape(size[1], size[0], -1)
+    if size != placement.frame:
+        pixels = np.pad(pixels, ((part[1], height - part[3]), (part[0], width - part[2]), (0, 0)), mode="edge")
+    x = np.empty((pixels.shape[2], height, width), np.float32)
+    np.divide(np.moveaxis(pixels, 2, 0), 127.5, out=x, dtype=np.float32)
+    x -= 1
+    return x
 
 
 def mask_to_model(mask: Floats, placement: Placement) -> Floats:
@@ -256,7 +264,10 @@ def read_mask(source: Source, guide: Picture) -> tuple[Floats, Picture]:
 
 def to_pixels(x: NDArray[Any]) -> Pixels:
     """(C, H, W) in [-1, 1] -> (H, W, C) uint8, clipped."""
-    return np.moveaxis(np.rint(np.clip((x + 1) * 127.5, 0, 255)).astype(np.uint8), 0, 2)
+    levels = x + 1
+    levels *= 127.5
+    np.rint(np.clip(levels, 0, 255, out=levels), out=levels)
+    return np.moveaxis(levels.astype(np.uint8), 0, 2)
 
 
 def paste(guide: Picture, mask: Floats, x: NDArray[Any], placement: Placement) -> Pixels:

@@ -7,6 +7,7 @@ state is √ᾱ x with σ = √((1-ᾱ)/ᾱ), so a VP schedule is one more σ(t)
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -116,6 +117,7 @@ class VPDiscrete:
                 hint="store the scheduler's cumulative products, level 0 first",
             )
 
+    @cached_property
     def _levels(self) -> tuple[Floats, Floats]:
         """Times 0, 1/T, …, 1 and -log ᾱ there."""
         with np.errstate(divide="ignore"):
@@ -123,7 +125,7 @@ class VPDiscrete:
         return np.arange(len(decay)) / (len(decay) - 1), decay
 
     def sigma(self, t: ArrayLike) -> Floats:
-        times, decay = self._levels()
+        times, decay = self._levels
         finite = np.isfinite(decay)
         t = np.asarray(t, np.float64)
         with np.errstate(over="ignore"):
@@ -136,7 +138,7 @@ class VPDiscrete:
         return float(self.sigma(1 / len(self.alphas_cumprod)))
 
     def time(self, sigma: ArrayLike) -> Floats:
-        times, decay = self._levels()
+        times, decay = self._levels
         finite = np.isfinite(decay)
         return np.interp(np.log1p(np.asarray(sigma, np.float64) ** 2), decay[finite], times[finite])
 

@@ -67,6 +67,38 @@ def inverter(negative):
     return sdedit.load(negative, backend="ort-cpu", threads=1)
 
 
+# --- The picture as the model sees it -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(8, 12, 3), (5, 7, 3), (9, 31, 3), (8, 12, 1), (40, 17, 1)])
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_every_channel_is_resized_and_padded_by_itself(shape, fit):
+    pixels = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
+    guide = image.read(pixels, shape[2])
+    placement = image.place(guide, (WIDTH, HEIGHT), fit)
+    x = image.to_model(guide, placement)
+    assert (x.shape, x.dtype, x.flags.c_contiguous) == ((shape[2], HEIGHT, WIDTH), np.float32, True)
+    for channel, plane in enumerate(x):
+        grey = image.read(pixels[..., channel], 1)
+        np.testing.assert_array_equal(plane, image.to_model(grey, placement)[0])
+        left, top, right, bottom = placement.part
+        inner = plane[top:bottom, left:right]
+        np.testing.assert_array_equal(plane, np.pad(inner, ((top, HEIGHT - bottom), (left, WIDTH - right)), "edge"))
+        levels = (plane + 1) * np.float32(127.5)
+        np.testing.assert_allclose(levels, levels.round(), atol=1e-4)
+        window = grey.pixels[placement.window[1] : placement.window[3], placement.window[0] : placement.window[2], 0]
+        if window.shape == inner.shape:
+            np.testing.assert_array_equal(levels[top:bottom, left:right].round(), window)
+
+
+def test_an_array_given_as_a_guide_is_copied():
+    pixels = np.zeros((4, 5, 3), np.uint8)
+    guide = image.read(pixels, 3)
+    pixels[...] = 9
+    assert not guide.pixels.any()
+    assert (guide.label, guide.sha256, guide.notes) == ("the guide", None, ())
+
+
 # --- The written picture -----------------------------------------------------------------------------------------
 
 

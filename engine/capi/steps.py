@@ -35,6 +35,7 @@ class CompiledSteps:
         self._batch = Batch(shipped.INTERFACE, images, channels, height * width, table.steps, len(rows))
         self._reference = ctypes.byref(self._batch)
         self._arrays: dict[str, Array | np.ndarray] = {}  # alive while the library has their addresses
+        self._denoised: Array | None = None
         self._point("x", x)
         self._point("sigma", np.empty(images, np.float32))
         self._point("table", rows)
@@ -48,9 +49,9 @@ class CompiledSteps:
 
     def __call__(self, number: int, denoised: Array) -> bool:
         """See loop.Advance."""
-        denoised = np.ascontiguousarray(denoised, np.float32)
-        if denoised is not self._arrays.get("denoised"):
-            self._point("denoised", denoised)
+        if denoised is not self._denoised:  # or was copied, and so is another array
+            self._denoised = np.ascontiguousarray(denoised, np.float32)
+            self._point("denoised", self._denoised)
         result = self._step(self._reference, number, self._repeat)
         assert result in (OK, NOT_FINITE), f"sdedit_step returned {result}"
         return bool(result == OK)
