@@ -280,3 +280,15 @@ def test_a_peer_that_dies_is_left_out_from_then_on_and_the_rounds_end_with_the_l
     monkeypatch.setattr(program, "PAUSE_S", 0)
     rounds = list(program.measure_rounds(["a", "b"], {"a": 2, "b": 1}, 5, 60))
     assert [sorted(one) for one in rounds] == [["a", "b"], ["a"]]
+
+
+def test_a_network_that_cannot_be_made_ends_with_the_exports_own_error(tmp_path, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import peer_networks
+
+    with pytest.raises(SystemExit) as left:
+        peer_networks._export(tmp_path / "nowhere", tmp_path / "made.onnx")
+    assert left.value.code == 1
+    said = capfd.readouterr().err
+    assert "nowhere" in said
+    assert "Traceback" not in said
