@@ -80,8 +80,10 @@ def network(name: str, folder: Path, *, int8: bool = False) -> Network:
 def _export(source: Path, target: Path, *options: str) -> None:
     command = [sys.executable, "-m", "sdedit.cli.main", "export", str(source), "-o", str(target), *options]
     done = subprocess.run(command, stdout=sys.stderr, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode < 0:
+        raise SystemExit(f"error: the export of {source} was ended by signal {-done.returncode}")
     if done.returncode:
-        raise SystemExit(done.returncode)  # the command has said why
+        raise SystemExit(done.returncode)  # it has said why
 
 
 def _make(name: str, folder: Path) -> None:

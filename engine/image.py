@@ -100,7 +100,7 @@ def read(source: Source, channels: int, role: str = "guide") -> Picture:
         )
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    if array.ndim == channels == 3 == array.shape[2]:
+    if channels == 3 and array.shape[2:] == (3,):
         return Picture(array.copy(), f"the {role}", None)
     return read(Image.fromarray(array), channels, role)
 
@@ -233,10 +233,7 @@ def to_model(guide: Picture, placement: Placement) -> Floats:
         pixels = np.asarray(_resize(to_image(pixels), size)).reshape(size[1], size[0], -1)
     if size != placement.frame:
         pixels = np.pad(pixels, ((part[1], height - part[3]), (part[0], width - part[2]), (0, 0)), mode="edge")
-    x = np.empty((pixels.shape[2], height, width), np.float32)
-    np.divide(np.moveaxis(pixels, 2, 0), 127.5, out=x, dtype=np.float32)
-    x -= 1
-    return x
+    return np.ascontiguousarray(np.moveaxis(pixels, 2, 0), np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def mask_to_model(mask: Floats, placement: Placement) -> Floats:
@@ -264,10 +261,7 @@ def read_mask(source: Source, guide: Picture) -> tuple[Floats, Picture]:
 
 def to_pixels(x: NDArray[Any]) -> Pixels:
     """(C, H, W) in [-1, 1] -> (H, W, C) uint8, clipped."""
-    levels = x + 1
-    levels *= 127.5
-    np.rint(np.clip(levels, 0, 255, out=levels), out=levels)
-    return np.moveaxis(levels.astype(np.uint8), 0, 2)
+    return np.moveaxis(np.rint(np.clip((x + 1) * 127.5, 0, 255)).astype(np.uint8), 0, 2)
 
 
 def paste(guide: Picture, mask: Floats, x: NDArray[Any], placement: Placement) -> Pixels:

@@ -119,18 +119,18 @@ class VPDiscrete:
 
     @cached_property
     def _levels(self) -> tuple[Floats, Floats]:
-        """Times 0, 1/T, …, 1 and -log ᾱ there."""
+        """Times 0, 1/T, …, 1 as far as there is a signal, and -log ᾱ there."""
         with np.errstate(divide="ignore"):
             decay = 0.0 - np.log(np.array((1.0, *self.alphas_cumprod), np.float64))  # not -0 at ᾱ = 1
-        return np.arange(len(decay)) / (len(decay) - 1), decay
+        finite = np.isfinite(decay)
+        return (np.arange(len(decay)) / (len(decay) - 1))[finite], decay[finite]
 
     def sigma(self, t: ArrayLike) -> Floats:
         times, decay = self._levels
-        finite = np.isfinite(decay)
         t = np.asarray(t, np.float64)
         with np.errstate(over="ignore"):
-            sigma = np.sqrt(np.expm1(np.interp(t, times[finite], decay[finite])))
-        return np.where(t > times[finite][-1], np.inf, sigma)
+            sigma = np.sqrt(np.expm1(np.interp(t, times, decay)))
+        return np.where(t > times[-1], np.inf, sigma)
 
     @property
     def sigma_min(self) -> float:
@@ -139,8 +139,7 @@ class VPDiscrete:
 
     def time(self, sigma: ArrayLike) -> Floats:
         times, decay = self._levels
-        finite = np.isfinite(decay)
-        return np.interp(np.log1p(np.asarray(sigma, np.float64) ** 2), decay[finite], times[finite])
+        return np.interp(np.log1p(np.asarray(sigma, np.float64) ** 2), decay, times)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from sdedit.export.int8 import quantize
 from sdedit.export.source import Source
 from sdedit.noise import STREAM_STATE, Noise
 from sdedit.output import writing
-from sdedit.schedule import plan
 from sdedit.sde import Sde, from_metadata
 from sdedit.verify import Array
 
@@ -221,14 +220,15 @@ def calibration(graph: Graph, sde: Sde, frames: Array) -> list[dict[str, np.ndar
     """
     declared = graph.metadata.get("inputs") or {}
     extra = {name: np.full(2, value, declared[name]["dtype"]) for name, value in graph.conditions.items()}
-    levels = plan(sde, t0=verify.times_of(sde)[-1], steps=CALIBRATION_STEPS, spacing="karras").column("sigma")
+    top = verify.times_of(sde)[-1]
+    levels = np.geomspace(sde.sigma(top), sde.sigma_min, CALIBRATION_STEPS, dtype=np.float32)
     feeds = []
     for at in range(0, len(frames), 2):
         pair = np.resize(frames[at : at + 2], (2, *frames.shape[1:]))
         noise = Noise((at, at + 1), pair.shape[1:])
-        visits = verify.visited(graph.reference(2), sde, pair, t0=0.5, steps=CALIBRATION_STEPS)
+        visits = verify.visited(graph.reference(2), sde, pair, t0=min(0.5, top), steps=CALIBRATION_STEPS)
         feeds += [{"x": x, "sigma": sigma, **extra} for x, sigma, _ in visits]
-        for step, level in enumerate(levels.astype(np.float32)):
+        for step, level in enumerate(levels):
             noised = pair + level * noise(step, CALIBRATION_REPEAT, STREAM_STATE)
             feeds.append({"x": noised, "sigma": np.full(2, level), **extra})
     return feeds

@@ -86,7 +86,7 @@ def quantize(
             if fewest == 0 or (too_large := excess(result)) <= 1:
                 return result
             smaller = LESS / too_large if np.isfinite(too_large) else LESS
-            most, tolerance = fewest - 1, smaller * min(tolerance, worst[fewest])
+            most, tolerance = fewest - 1, smaller * worst[fewest]
 
 
 def _calibrated(source: Path, target: Path, layers: Sequence[str], feeds: Sequence[Feed]) -> ModelProto:

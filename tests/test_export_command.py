@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import sys
 import warnings
 import zipfile
@@ -221,6 +222,8 @@ def test_a_class_label_stays_an_input(tmp_path):
     assert np.abs(images[0] - images[1]).max() > 0.1
     with pytest.raises(OptionError, match="class_label is 4"):
         run_artifact(tmp_path / "labelled.onnx", x, sigma, class_label=4)
+    assert main(["export", str(tmp_path / "labelled.onnx"), "--precision", "int8", "-o", str(tmp_path / "8.onnx")]) == 0
+    assert artifact.read(tmp_path / "8.onnx").extra_inputs.keys() == {"class_label"}
 
 
 class Forgetful(nn.Module):
@@ -410,19 +413,47 @@ def test_calibration_sees_edits_and_fresh_noise_of_every_level(three_layers, tmp
     edits, fresh = (feeds[at : at + 12] + feeds[at + 24 : at + 36] for at in (0, 12))
     assert {feed["sigma"][0] for feed in edits} == {np.float32(sde.sigma(0.5 * n / 12)) for n in range(1, 13)}
     levels = [feed["sigma"][0] for feed in fresh[:12]]
-    assert levels == sorted(levels, reverse=True)
     assert (levels[0], levels[-1]) == (np.float32(sde.sigma(1)), np.float32(sde.sigma_min))
+    np.testing.assert_allclose(np.divide(levels[1:], levels[:-1]), (levels[-1] / levels[0]) ** (1 / 11), rtol=1e-5)
     pairs = [frames[:2]] * 12 + [frames[[2, 2]]] * 12
     noises = [(feed["x"] - pair) / feed["sigma"][0] for feed, pair in zip(fresh, pairs, strict=True)]
     assert all(abs(noise.std() - 1) < 0.1 for noise in noises)
     flat = np.array([noise.ravel()[:768] for noise in noises] + [noise.ravel()[768:] for noise in noises])
+    used = [sdedit.Noise([seed], (3, 16, 16))(0, 0, 0).ravel() for seed in range(4)]  # by edits and comparisons
+    flat = np.concatenate([flat, used])
     assert np.abs(np.corrcoef(flat) - np.eye(len(flat))).max() < 0.2  # none is used twice
+
+
+@pytest.mark.parametrize("levels", [(0.5,), (0.5, 0.0), (0.5, 0.0, 0.0)])
+def test_a_schedule_of_one_level_can_be_calibrated_on(three_layers, tmp_path, levels):
+    graph, sde = exporting.from_artifact(three_layers, tmp_path), sdedit.VPDiscrete(levels)
+    feeds = exporting.calibration(graph, sde, np.zeros((2, 3, 16, 16), np.float32))
+    assert all(np.isfinite(feed["x"]).all() and (feed["sigma"] > 0).all() for feed in feeds)
 
 
 def test_an_int8_file_that_verification_refuses_is_made_again(three_layers, refusing, capsys):
     asked, made = refusing(1), three_layers.with_name("int8.onnx")
     assert main(["export", str(three_layers), "--precision", "int8", "-o", str(made), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["verification"]["worst"]["error"] == asked[1] < asked[0]
+    out, told = capsys.readouterr()
+    assert json.loads(out)["verification"]["worst"]["error"] == asked[1] < asked[0]
+    assert re.search(rf"error {asked[0]:.2g} at σ = [0-9.]+, tolerance [0-9.e-]+: again with fewer layers\n", told)
+
+
+def test_how_much_a_refused_file_errs_too_much_is_told_to_the_quantizer(three_layers, refusing, monkeypatch):
+    told = []
+
+    def watched(model, feeds, excess):
+        def watch(made):
+            told.append(excess(made))
+            return told[-1]
+
+        return quantize(model, feeds, excess=watch)
+
+    quantize = exporting.quantize
+    asked = refusing(1)
+    monkeypatch.setattr(exporting, "quantize", watched)
+    assert main(["export", str(three_layers), "--precision", "int8", "-o", str(three_layers.with_name("i.onnx"))]) == 0
+    assert told == pytest.approx([1.05, asked[1] / exporting.verify.TOLERANCES["int8"]])
 
 
 def test_refused_files_leave_no_weights_behind(three_layers, refusing, monkeypatch):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -618,17 +619,23 @@ def test_a_result_that_errs_too_much_elsewhere_is_made_again_with_fewer_layers(s
 
     def excess(made: ModelProto) -> float:
         asked.append(len(eight_bit_layers(made)))
-        return 1.0 if len(asked) == 3 else 1.01
+        return 1.0 if len(asked) == 3 else math.nextafter(1, 2)
 
     made = quantize(small, feeds(), tolerance=3e-3, excess=excess)
     assert len(eight_bit_layers(made)) == asked[-1]
     assert asked == sorted(set(asked), reverse=True)
-    for nothing in (2.0, math.inf, math.nan):
-        assert eight_bit_layers(quantize(small, feeds(), tolerance=3e-3, excess=lambda _, e=nothing: e)) == []
+    assert eight_bit_layers(quantize(small, feeds(), tolerance=3e-3, excess=lambda _: 2.0)) == []
+
+
+@pytest.mark.parametrize("unknown", [math.inf, math.nan])
+def test_an_excess_that_is_no_number_leaves_some_layers(small: ModelProto, unknown: float) -> None:
+    answers = [unknown, 0.0]
+    made = quantize(small, feeds(), tolerance=3e-3, excess=lambda _: answers.pop(0))
+    assert not answers
+    assert eight_bit_layers(made)
 
 
 def test_the_tolerance_becomes_smaller_by_what_was_too_much(small: ModelProto) -> None:
-    """Ten times too much in one search, as a tenth of the tolerance from the start."""
     answers = [10.0, 0.0]
     made = quantize(small, feeds(), tolerance=3e-3, excess=lambda _: answers.pop(0))
     assert not answers
@@ -639,7 +646,24 @@ def test_the_tolerance_becomes_smaller_by_what_was_too_much(small: ModelProto) -
     worst, before = (
         max(worst_error(e, r, feed["x"]) for e, r, feed in zip(exact, these, feeds(), strict=True)) for these in rounded
     )
-    assert 0 < worst <= before / 10
+    assert 0 < worst <= int8_of.LESS * before / 10
+
+
+def test_layers_of_large_images_are_compared_at_two_levels_that_are_not_the_ends(
+    small: ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_of, "PROBED", 0)
+    levels: list[float] = []
+
+    def watched(session: onnxruntime.InferenceSession, names: object, feed: dict[str, np.ndarray]) -> Any:
+        if "int8_layer" in feed:
+            levels.extend(feed["sigma"])
+        return run_session(session, names, feed)
+
+    run_session = onnxruntime.InferenceSession.run
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", watched)
+    quantize(small, feeds())
+    assert set(levels) == {np.float32(level) for level in np.geomspace(0.01, 80, 8)[[2, 6]]}
 
 
 def test_no_tolerance_at_all_is_float32(small: ModelProto) -> None:

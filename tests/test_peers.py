@@ -283,6 +283,7 @@ def test_a_peer_that_dies_is_left_out_from_then_on_and_the_rounds_end_with_the_l
 
 
 def test_a_network_that_cannot_be_made_ends_with_the_exports_own_error(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import peer_networks
 
@@ -292,3 +293,6 @@ def test_a_network_that_cannot_be_made_ends_with_the_exports_own_error(tmp_path,
     said = capfd.readouterr().err
     assert "nowhere" in said
     assert "Traceback" not in said
+    monkeypatch.setattr(peer_networks.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9))
+    with pytest.raises(SystemExit, match="the export of nowhere was ended by signal 9"):
+        peer_networks._export(Path("nowhere"), tmp_path / "made.onnx")

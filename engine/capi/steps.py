@@ -35,7 +35,6 @@ class CompiledSteps:
         self._batch = Batch(shipped.INTERFACE, images, channels, height * width, table.steps, len(rows))
         self._reference = ctypes.byref(self._batch)
         self._arrays: dict[str, Array | np.ndarray] = {}  # alive while the library has their addresses
-        self._denoised: Array | None = None
         self._point("x", x)
         self._point("sigma", np.empty(images, np.float32))
         self._point("table", rows)
@@ -49,9 +48,8 @@ class CompiledSteps:
 
     def __call__(self, number: int, denoised: Array) -> bool:
         """See loop.Advance."""
-        if denoised is not self._denoised:  # or was copied, and so is another array
-            self._denoised = np.ascontiguousarray(denoised, np.float32)
-            self._point("denoised", self._denoised)
+        if denoised is not self._arrays.get("denoised"):  # or was copied, and so is another array
+            self._point("denoised", np.ascontiguousarray(denoised, np.float32))
         result = self._step(self._reference, number, self._repeat)
         assert result in (OK, NOT_FINITE), f"sdedit_step returned {result}"
         return bool(result == OK)
