@@ -81,7 +81,8 @@ def _export(source: Path, target: Path, *options: str) -> None:
     command = [sys.executable, "-m", "sdedit.cli.main", "export", str(source), "-o", str(target), *options]
     done = subprocess.run(command, stdout=sys.stderr, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     if done.returncode < 0:
-        raise SystemExit(f"error: the export of {source} was ended by signal {-done.returncode}")
+        ended = f"error: the export of {source} was ended by signal {-done.returncode}"
+        raise SystemExit(f"{ended}\nhint: if memory ran out, leave --int8 out, or take a smaller network")
     if done.returncode:
         raise SystemExit(done.returncode)  # it has said why
 

@@ -98,7 +98,7 @@ def read(source: Source, channels: int, role: str = "guide") -> Picture:
             f"the {role} is an array of {array.dtype} {array.shape}; wanted uint8 (height, width, 3)",
             hint="pass a path, a PIL image or a uint8 RGB array",
         )
-    if array.ndim == 3 and array.shape[2] == 1:
+    if array.shape[2:] == (1,):
         array = array[..., 0]
     if channels == 3 and array.shape[2:] == (3,):
         return Picture(array.copy(), f"the {role}", None)
