@@ -63,7 +63,7 @@ def quantize(
             errors = _errors(model, all_rounded, layers, feeds, Path(folder) / "probe.onnx")
             wanted = list(_denoised(exact, feeds))
         order = sorted(layers, key=errors.__getitem__)
-        worst = {0: 0.0}  # error with so many layers; with too many, the first above the tolerance
+        worst = {0: 0.0}  # error with so many layers; with too many, one above the tolerance
 
         def keeps(count: int) -> bool:
             if count not in worst:
@@ -75,9 +75,9 @@ def quantize(
                         break
             return worst[count] <= tolerance
 
-        most = len(order)
         while True:
-            fewest = 0
+            fewest = max(count for count, error in worst.items() if error <= tolerance)
+            most = min((count - 1 for count, error in worst.items() if error > tolerance), default=len(order))
             while fewest < most:
                 count = (fewest + most + 1) // 2
                 fewest, most = (count, most) if keeps(count) else (fewest, count - 1)
@@ -85,8 +85,8 @@ def quantize(
             del result.graph.value_info[:]
             if fewest == 0 or (too_large := excess(result)) <= 1:
                 return result
-            smaller = LESS / too_large if np.isfinite(too_large) else LESS
-            most, tolerance = fewest - 1, smaller * worst[fewest]
+            tolerance = worst[fewest] * (LESS / too_large if np.isfinite(too_large) else LESS)
+            worst[fewest] = np.inf  # where `excess` looks
 
 
 def _calibrated(source: Path, target: Path, layers: Sequence[str], feeds: Sequence[Feed]) -> ModelProto:

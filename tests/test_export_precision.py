@@ -6,7 +6,7 @@ import math
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sdedit import artifact
 from sdedit.errors import OptionError
 from sdedit.export import int8 as int8_of
-from sdedit.export.graph import set_opset
+from sdedit.export.graph import copied, set_opset
 from sdedit.export.int8 import quantize
 from sdedit.export.precision import emulate, halve, widen
 from sdedit.export.to_onnx import halve_weights, trace
@@ -625,6 +625,31 @@ def test_a_result_that_errs_too_much_elsewhere_is_made_again_with_fewer_layers(s
     assert len(eight_bit_layers(made)) == asked[-1]
     assert asked == sorted(set(asked), reverse=True)
     assert eight_bit_layers(quantize(small, feeds(), tolerance=3e-3, excess=lambda _: 2.0)) == []
+
+
+def test_no_number_of_layers_is_compared_twice(small: ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    real = int8_of._denoised
+
+    def watched(path: Path, feeds: Sequence[int8_of.Feed]) -> Iterator[int8_of.Array]:
+        compared.append(len(eight_bit_layers(onnx.load(path))))
+        return real(path, feeds)
+
+    monkeypatch.setattr(int8_of, "_denoised", watched)
+    answers = [1.5, 1.5, 0.0]
+    quantize(small, feeds(), tolerance=3e-3, excess=lambda _: answers.pop(0))
+    assert not answers
+    compared.remove(0)  # the exact model
+    assert len(compared) == len(set(compared)) > 1
+
+
+def test_layers_that_do_not_err_are_left_out_where_they_err_elsewhere(small: ModelProto) -> None:
+    blank = copied(small)
+    for weight in blank.graph.initializer:
+        if len(weight.dims) == 4:
+            weight.CopyFrom(numpy_helper.from_array(np.zeros(weight.dims, np.float32), weight.name))
+    assert eight_bit_layers(quantize(blank, feeds()))
+    assert eight_bit_layers(quantize(blank, feeds(), excess=lambda _: 2.0)) == []
 
 
 @pytest.mark.parametrize("unknown", [math.inf, math.nan])
