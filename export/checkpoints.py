@@ -49,6 +49,8 @@ def read(path: Path) -> Payload:
         from sdedit.export import pickles
 
         return pickles.load(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)  # which says what is wrong with it
     raise CheckpointError(
         f"{path}: neither safetensors nor a PyTorch file nor a pickle (it begins with {start[:8]!r})",
         hint="name the weights themselves; an archive must be unpacked first",

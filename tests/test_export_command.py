@@ -653,6 +653,17 @@ def test_a_file_that_is_no_checkpoint_is_one_clear_error(here, capsys, content, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content", [b"\x98\x9a\0", b"\x98\x9a\0\0\0\0\0\0{}", b"\xff" * 7 + b"\x7f{}", b"<html></html>"]
+)
+def test_a_file_that_only_is_called_safetensors_is_said_to_be_none(here, capsys, content):
+    Path("weights.safetensors").write_bytes(content)
+    assert main(["export", "weights.safetensors", "-o", "out.onnx"]) == 1
+    error = capsys.readouterr().err
+    assert "weights.safetensors: not a whole safetensors file: " in error
+    assert "hint: download it again" in error
+
+
 def test_an_unknown_kind_lists_what_was_looked_for_and_the_nearest(here, capsys):
     torch.save({"time_embed.0.weight": torch.zeros(4, 4), "other.weight": torch.zeros(1)}, "odd.pt")
     assert main(["export", "odd.pt", "-o", "out.onnx"]) == 1

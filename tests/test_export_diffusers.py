@@ -1,5 +1,6 @@
 """Folders of the diffusers library: what is read is what the library itself computes, and what cannot be is refused."""
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -405,6 +406,18 @@ def test_tensors_are_never_filled_in(folder: Path) -> None:
     del tensors["conv_out.weight"]
     save_file(tensors, stored)
     refused(folder, "the checkpoint does not fit the network: 1 missing (conv_out.weight)", "config.json")
+
+
+def test_a_variant_of_the_weights_is_taken_where_it_is_the_only_one(folder: Path, unet: diffusers.UNet2DModel) -> None:
+    wanted = {name: tensor.half().float() for name, tensor in unet.state_dict().items()}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    copy.deepcopy(unet).half().save_pretrained(folder / "unet", variant="fp16")
+    found = families.load(str(folder), NONE).net.state_dict()
+    assert sum(any(tensor.equal(one) for one in found.values()) for tensor in wanted.values()) == len(wanted) > 10
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    unet.save_pretrained(folder / "unet", variant="non_ema")
+    names = "diffusion_pytorch_model.fp16.safetensors, diffusion_pytorch_model.non_ema.safetensors"
+    refused(folder, f"{folder / 'unet'} has neither", f"rename one of {names}")
 
 
 def test_missing_and_broken_files_are_named(folder: Path) -> None:

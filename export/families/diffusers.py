@@ -356,7 +356,10 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder: one file, or several listed in an index; safetensors before PyTorch's own format."""
+    """All tensors of a folder: one file, or several listed in an index; safetensors before PyTorch's own format.
+
+    A variant of them (`save_pretrained(variant="fp16")`) where there are no others.
+    """
     for ending in ("safetensors", "bin"):
         whole, index = folder / f"{WEIGHTS}.{ending}", folder / f"{WEIGHTS}.{ending}.index.json"
         if whole.is_file():
@@ -367,8 +370,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
                 raise CheckpointError(f"{index} lists no files of its folder", hint="download the folder again")
             return {name: tensor for file in sorted(set(files)) for name, tensor in _read(folder / file).items()}
+    variants = sorted(folder.glob(f"{WEIGHTS}.*.safetensors"))
+    if len(variants) == 1:
+        return _read(variants[0])
     raise CheckpointError(
-        f"{folder} has neither {WEIGHTS}.safetensors nor {WEIGHTS}.bin", hint="download or save the weights too"
+        f"{folder} has neither {WEIGHTS}.safetensors nor {WEIGHTS}.bin",
+        hint=f"rename one of {', '.join(file.name for file in variants)}" if variants else "download or save them too",
     )
 
 
