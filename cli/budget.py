@@ -1,10 +1,8 @@
 """`--max-ms`: what of a budget goes to other things than the edit, from process start to file written."""
 
-import argparse
 import os
 import sys
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sdedit.cli.terminal import say
@@ -12,25 +10,21 @@ from sdedit.cli.terminal import say
 if TYPE_CHECKING:
     from sdedit.budget import Budget
     from sdedit.editor import Editor
+    from sdedit.image import Encoded
 
 WRITING_MS = 10  # a small file; and, for noise compressed badly by a slow machine,
 WRITING_MS_PER_MEGAPIXEL = 200
 
 
-def spent_ms(editor: "Editor", arguments: argparse.Namespace, results: int) -> float:
+def spent_ms(
+    editor: "Editor", size: tuple[int, int] | None, guides: "list[Encoded]", masks: "list[Encoded]", results: int
+) -> float:
     """Milliseconds since the process began, and those that writing so many results is allowed.
 
-    Without the search of --fast, which is made once on a machine: it is said instead.
+    size: the model's, (width, height); None is its own. The search of --fast, made once on a machine, is not counted
+    but told.
     """
-    from PIL import Image
-
-    from sdedit.image import FORMATS
-
-    sizes = [editor.artifact.frame(arguments.size)] * len(arguments.guides)
-    if arguments.mask:  # results are of their guides' sizes
-        for n, guide in enumerate(arguments.guides):
-            with suppress(Exception), Image.open(guide, formats=FORMATS) as opened:
-                sizes[n] = opened.size  # which alone is read; what is wrong with the rest, the edit says
+    sizes = [guide.size for guide in guides] if masks else [editor.artifact.frame(size)] * len(guides)
     pixels = sum(width * height for width, height in sizes) * results / len(sizes)
     if editor.search_ms:
         say(f"budget: the search of --fast took {editor.search_ms:.0f} ms beside it, which later runs will not")

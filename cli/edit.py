@@ -12,6 +12,7 @@ from sdedit.errors import OptionError
 
 if TYPE_CHECKING:
     from sdedit.editor import Editor
+    from sdedit.image import Encoded
     from sdedit.record import Record
     from sdedit.results import EditResult, Progress
 
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from sdedit import image, output, record
+    from sdedit import image, output
     from sdedit.budget import checked_max_ms
     from sdedit.cli import budget
     from sdedit.options import EditOptions
@@ -76,29 +77,27 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = [Path(path) for path in given if path is not None]
     output.check(paths, force=arguments.force, inputs=inputs)
 
-    if arguments.fast:  # before a search that may take a while
-        if arguments.max_ms is not None:
-            checked_max_ms(arguments.max_ms)
-        for guide in arguments.guides:
-            image.read(guide, 3)
-    began = time.perf_counter()
-    repeated = None if arguments.replay is None else record.read(Path(arguments.replay))
-    editor, options = open_fresh(arguments) if repeated is None else open_replay(arguments, repeated)
-    load_ms = 1e3 * (time.perf_counter() - began)
     if arguments.max_ms is not None:
-        options |= {"max_ms": arguments.max_ms, "spent_ms": budget.spent_ms(editor, arguments, len(paths))}
-    result = edit_with_progress(editor, arguments, options)
+        checked_max_ms(arguments.max_ms)
+    repeated = None if arguments.replay is None else read_record(arguments)
+    guides = [image.read_file(path) for path in arguments.guides]  # once: a pipe's bytes are gone then
+    masks = [image.read_file(path) for path in arguments.mask or ()]
+    began = time.perf_counter()
+    editor, options = open_fresh(arguments) if repeated is None else open_replay(arguments, repeated, guides, masks)
+    load_ms = 1e3 * (time.perf_counter() - began)
+    if masks:
+        options["mask"] = masks
+    if arguments.max_ms is not None:
+        spent_ms = budget.spent_ms(editor, arguments.size, guides, masks, len(paths))
+        options |= {"max_ms": arguments.max_ms, "spent_ms": spent_ms}
+    result = edit_with_progress(editor, guides, options)
     if result.budget is not None:
         say(budget.told(result.budget))
     for note in notes(result):
         say(note)
     if repeated is not None:
         result = replace(result, budget=repeated.budget)  # so that the record, too, is the same
-    if target.suffix == ".npy":
-        output.write_all([(target, output.npy(result.x))])
-    else:
-        pictures = (output.png(one.pixels, record.make(editor, result, j)) for j, one in enumerate(result.results))
-        output.write_all(list(zip(paths, pictures, strict=True)))
+    write(editor, result, paths)
     if arguments.json:
         print_json(report(editor, result, paths, load_ms))
     else:
@@ -154,21 +153,30 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options | {"conditions": dict(arguments.set or ())}
 
 
-def open_replay(arguments: argparse.Namespace, repeated: "Record") -> tuple["Editor", dict[str, Any]]:
-    """The editor and the options that the record names. Raises OptionError for flags that would change them."""
-    from dataclasses import asdict
+def read_record(arguments: argparse.Namespace) -> "Record":
+    """The record that --replay names. Raises ReplayError, and OptionError for flags that would change it."""
+    from sdedit import record
 
-    import sdedit
-    from sdedit import artifact, companions, record
-
+    repeated = record.read(Path(arguments.replay))
     if changed := [name for name in (*RECORDED, "max_ms", *PINNED) if getattr(arguments, name) is not None]:
         flag = f"--{changed[0].replace('_', '-')}"
         raise OptionError(f"--replay takes its options from the record, not from {flag}", hint=f"leave {flag} out")
     if len(arguments.guides) != 1 or Path(arguments.output).suffix != ".png":
         raise OptionError("--replay makes one PNG from one guide", hint="sdedit edit --replay OUT.png GUIDE -o NEW.png")
-    masks = arguments.mask or [None]
-    record.require_same("guide", repeated.guide_sha256, file_sha256(arguments.guides[0]))
-    record.require_same("mask", repeated.mask_sha256, file_sha256(masks[0]))
+    return repeated
+
+
+def open_replay(
+    arguments: argparse.Namespace, repeated: "Record", guides: "list[Encoded]", masks: "list[Encoded]"
+) -> tuple["Editor", dict[str, Any]]:
+    """The editor and the options that the record names, whose pictures these must be."""
+    from dataclasses import asdict
+
+    import sdedit
+    from sdedit import artifact, companions, record
+
+    record.require_same("guide", repeated.guide_sha256, guides[0].sha256)
+    record.require_same("mask", repeated.mask_sha256, masks[0].sha256 if masks else None)
     model = artifact.BUNDLED if arguments.model is None else Path(arguments.model)
     if model.suffix == ".onnx":
         model = companions.with_sha256(model, repeated.artifact_sha256)  # --fast may have taken one
@@ -189,14 +197,7 @@ def open_replay(arguments: argparse.Namespace, repeated: "Record") -> tuple["Edi
     return editor, asdict(repeated.options)
 
 
-def file_sha256(path: str | None) -> str | None:
-    """The SHA-256 a picture's record would name; None for no file. Raises ImageError."""
-    from sdedit import image
-
-    return None if path is None else image.read(path, 3).sha256
-
-
-def edit_with_progress(editor: "Editor", arguments: argparse.Namespace, options: dict[str, Any]) -> "EditResult":
+def edit_with_progress(editor: "Editor", guides: "list[Encoded]", options: dict[str, Any]) -> "EditResult":
     bar = ProgressBar()
 
     def on_step(progress: "Progress") -> None:
@@ -204,9 +205,20 @@ def edit_with_progress(editor: "Editor", arguments: argparse.Namespace, options:
 
     watch = on_step if bar.shown else None  # a GPU runs on without waiting where nobody watches
     try:
-        return editor.edit(list(arguments.guides), mask=arguments.mask, on_step=watch, **options)
+        return editor.edit(guides, on_step=watch, **options)
     finally:
         bar.close()
+
+
+def write(editor: "Editor", result: "EditResult", paths: list[Path]) -> None:
+    """Raises OutputError."""
+    from sdedit import output, record
+
+    if paths[0].suffix == ".npy":
+        output.write_all([(paths[0], output.npy(result.x))])
+    else:
+        pictures = (output.png(one.pixels, record.make(editor, result, j)) for j, one in enumerate(result.results))
+        output.write_all(list(zip(paths, pictures, strict=True)))
 
 
 def notes(result: "EditResult") -> list[str]:

@@ -6,6 +6,8 @@ in [-1, 1]; masks are (H, W) float32 in [0, 1], 1 = repaint.
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,17 @@ class Encoded:
 
     data: bytes
     label: str  # what messages call it
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes, in hexadecimal."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) as stored: not turned upright. Raises ImageError."""
+        with _opened(self) as opened:
+            return opened.size
 
 
 Source = str | Path | bytes | Encoded | Image.Image | Pixels
@@ -79,12 +92,12 @@ def read(source: Source, channels: int, role: str = "guide") -> Picture:
 
     Raises ImageError.
     """
-    if isinstance(source, bytes):
-        return _decode(source, f"the {role}", channels, role)
-    if isinstance(source, Encoded):
-        return _decode(source.data, source.label, channels, role)
     if isinstance(source, str | Path):
-        return _read_file(Path(source), channels, role)
+        source = _encoded(Path(source))
+    if isinstance(source, bytes):
+        source = Encoded(source, f"the {role}")
+    if isinstance(source, Encoded):
+        return _decode(source, channels, role)
     if isinstance(source, Image.Image):
         pixels, notes = _to_pixels(source, channels, f"the {role}", role)
         return Picture(pixels, f"the {role}", None, notes)
@@ -105,9 +118,19 @@ def read(source: Source, channels: int, role: str = "guide") -> Picture:
     return read(Image.fromarray(array), channels, role)
 
 
-def _read_file(path: Path, channels: int, role: str) -> Picture:
+def read_file(path: str | Path) -> Encoded:
+    """A picture's file, for `read`, which decodes it: only that it begins as a picture is looked at here.
+
+    Raises ImageError.
+    """
+    encoded = _encoded(Path(path))
+    with _opened(encoded):
+        return encoded
+
+
+def _encoded(path: Path) -> Encoded:
     try:
-        data = path.read_bytes()
+        return Encoded(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file", hint="check the path") from None
     except IsADirectoryError:
@@ -116,19 +139,26 @@ def _read_file(path: Path, channels: int, role: str) -> Picture:
         raise ImageError(
             f"{path}: cannot be read: {error.strerror or error}", hint="check the file's permissions"
         ) from error
-    return _decode(data, str(path), channels, role)
 
 
-def _decode(data: bytes, label: str, channels: int, role: str) -> Picture:
-    """A picture file's bytes; `label` is what messages call it."""
-    if not data:
+def _decode(encoded: Encoded, channels: int, role: str) -> Picture:
+    with _opened(encoded) as opened:
+        pixels, notes = _to_pixels(opened, channels, encoded.label, role)
+    return Picture(pixels, encoded.label, encoded.sha256, notes)
+
+
+@contextmanager
+def _opened(encoded: Encoded) -> Iterator[Image.Image]:
+    """The picture, to decode it in the block. What is wrong with it, there too, raises ImageError."""
+    label = encoded.label
+    if not encoded.data:
         raise ImageError(f"{label}: is empty (0 bytes)", hint="copy or save the picture again")
     too_large = ImageError(f"{label}: more than {MAX_PIXELS // 10**6} megapixels", hint="scale the picture down first")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(encoded.data), formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise too_large
-            pixels, notes = _to_pixels(opened, channels, label, role)
+            yield opened
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -139,7 +169,6 @@ def _decode(data: bytes, label: str, channels: int, role: str) -> Picture:
         raise ImageError(f"{label}: does not fit into memory", hint="scale the picture down first") from None
     except Exception as error:  # Pillow's decoders raise many kinds for a broken file
         raise ImageError(f"{label}: cannot be decoded: {error}", hint="the file is damaged: save it again") from error
-    return Picture(pixels, label, hashlib.sha256(data).hexdigest(), notes)
 
 
 def _to_pixels(image: Image.Image, channels: int, label: str, role: str) -> tuple[Pixels, tuple[str, ...]]:

@@ -2,13 +2,12 @@
 
 import json
 from collections import deque
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import sdedit
-from sdedit import budget, editor
+from sdedit import budget, editor, image
 from sdedit.backends.ort import OrtBackend
 from sdedit.budget import Budget, StepTimes
 from sdedit.cli import budget as command_budget
@@ -230,8 +229,8 @@ def test_a_single_step_that_is_possible_is_possible_within_a_budget(fresh):
 
 def test_writing_is_reckoned_by_the_guides_own_sizes_where_there_are_masks(editor, write_png, monkeypatch):
     monkeypatch.setattr(command_budget, "since_start_ms", lambda: 0.0)
-    guides = [write_png(f"{side}.png", np.zeros((side, side, 3), np.uint8)) for side in (10, 1000, 1000)]
-    arguments = SimpleNamespace(guides=guides, size=None, mask=["mask.png"])
-    spent = command_budget.spent_ms(editor, arguments, 6)
+    files = [write_png(f"{side}.png", np.zeros((side, side, 3), np.uint8)) for side in (10, 1000, 1000)]
+    guides = [image.read_file(path) for path in files]
+    spent = command_budget.spent_ms(editor, None, guides, guides[:1], 6)
     writing = 2 * 2.0001 * command_budget.WRITING_MS_PER_MEGAPIXEL
     assert spent == pytest.approx(command_budget.WRITING_MS + writing)

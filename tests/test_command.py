@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,33 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.fixture
+def pipe(tmp_path):
+    """pipe(path) -> the name of a pipe with the file's bytes: they can be read once."""
+    opened = []
+
+    def of(path: Path) -> str:
+        name = tmp_path / f"pipe-{len(opened)}"
+        os.mkfifo(name)
+        opened.append(threading.Thread(target=name.write_bytes, args=(path.read_bytes(),), daemon=True))
+        opened[-1].start()
+        return str(name)
+
+    return of
+
+
 # --- edit: files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("more", [[], ["--fast"], ["--max-ms", "1e6"]], ids=" ".join)
+def test_pictures_are_read_once_so_pipes_will_do(edit, write_png, picture, pipe, out, more):
+    guide = write_png("a-guide.png", picture(WIDTH, HEIGHT))
+    mask = write_png("a-mask.png", picture(WIDTH, HEIGHT, 1))
+    assert edit("-o", out / "files.png", "--mask", mask, *more, guides=(str(guide),)) == 0
+    assert edit("-o", out / "pipes.png", "--mask", pipe(mask), *more, guides=(pipe(guide),)) == 0
+    pixels = [np.asarray(Image.open(out / name)) for name in ("files.png", "pipes.png")]
+    np.testing.assert_array_equal(*pixels)
 
 
 def test_one_result_goes_to_the_name_given(edit, out, capsys):
