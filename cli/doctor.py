@@ -15,7 +15,9 @@ PACKAGES = (
     "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx",
     "cuda-bindings", "pycuda", "torch", "onnx",
 )  # fmt: skip
-OTHER_CACHES = {"graph cache": "graphs", "what --fast found": "fastest"}  # title -> kind of cache_folder
+OTHER_CACHES = {  # title -> kind of cache_folder
+    "graph cache": "graphs", "what --fast found": "fastest", "engines of ort-tensorrt": "ort-tensorrt",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 from sdedit import protobuf
@@ -63,6 +63,7 @@ class Artifact:
     extra_inputs: dict[str, ExtraInput] = field(default_factory=dict)
     external: tuple[Path, ...] = ()  # files beside it that hold weights (ONNX external data)
     state: State = ()  # of its files when it was read
+    _hashing: Lock = field(default_factory=Lock, repr=False, compare=False)  # held while they are hashed: once
 
     @property
     def name(self) -> str:
@@ -107,12 +108,17 @@ class Artifact:
         """t0, steps, sampler, spacing: those the artifact recommends."""
         return self.metadata.get("defaults") or {}
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Of the file's bytes, followed by those of its external data, in the order of their names.
 
         Raises ArtifactError where they are no longer those that were read.
         """
+        with self._hashing:
+            return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         digest, part = hashlib.sha256(), memoryview(bytearray(HASHED_AT_ONCE))
         try:
             for path in self._files:

@@ -98,7 +98,7 @@ def from_artifact(path: Path, scratch: Path) -> Graph:
     earlier = {"exported_from": source["exported_from"]} if "exported_from" in source else {}
     origin = {"sha256": opened.sha256, "precision": opened.precision, **earlier}
     metadata["source"] = source | {"exported_from": origin} | tool_versions()
-    reference = OrtBackend(artifact.read(reference_path), "ort-cpu", None)
+    reference = OrtBackend(artifact.read(reference_path), "ort-cpu", None, keeps_graph=reference_path is path)
     bind = partial(reference.bind, conditions=conditions)
     return Graph(model, bind, metadata, f"{path.name} in ONNX Runtime", conditions)
 
@@ -145,7 +145,7 @@ def write(
 
         def compare(*, last: bool = True) -> Report:
             """How what is saved comes out. last: it is not only asked whether it is within."""
-            backend = OrtBackend(artifact.read(runnable), "ort-cpu", None, keeps_graph=last)
+            backend = OrtBackend(artifact.read(runnable), "ort-cpu", None, keeps_graph=False)  # no file that stays
             candidate = partial(backend.bind, conditions=graph.conditions)
             report = verify.compare(
                 graph.reference, candidate, sde, frames[:2], tolerance=verify.TOLERANCES[precision],

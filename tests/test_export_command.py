@@ -467,17 +467,17 @@ def test_refused_files_leave_no_weights_behind(three_layers, refusing, monkeypat
     assert sizes[1] < 2 * sizes[0]  # fewer layers are int8, and none lies there twice
 
 
-def test_refused_files_leave_nothing_in_the_graph_cache(three_layers, refusing, monkeypatch, tmp_path):
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_only_files_that_stay_are_in_the_graph_cache(three_layers, refusing, precision, monkeypatch, tmp_path):
     monkeypatch.setattr(ort_cache, "LEAST_BYTES", 1)
     monkeypatch.setenv("SDEDIT_GRAPH_CACHE", "on")
-    entries = []
-    for refused in (0, 1):
-        refusing(refused)
-        monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / f"cache{refused}"))
-        made = three_layers.with_name(f"{refused}.onnx")
-        assert main(["export", str(three_layers), "--precision", "int8", "-o", str(made)]) == 0
-        entries.append(len(list((tmp_path / f"cache{refused}" / "graphs").iterdir())))
-    assert entries[0] == entries[1] > 0
+    monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / "cache"))
+    refusing(1)
+    made = three_layers.with_name(f"{precision}.onnx")
+    assert main(["export", str(three_layers), "--precision", precision, "-o", str(made)]) == 0
+    entries = (tmp_path / "cache" / "graphs").glob("*/entry.json")
+    kept = {json.loads(entry.read_text())["identity"]["artifact"] for entry in entries}
+    assert kept == {artifact.read(three_layers).sha256}
 
 
 def test_an_int8_file_that_verification_refuses_is_written_where_that_is_allowed(three_layers, refusing):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -1028,19 +1029,48 @@ def test_a_network_that_overflows_halves_is_refused_and_nothing_is_kept_of_it(tm
     assert list((tmp_path / "cache" / "graphs").iterdir()) == []
 
 
-@needs_half
-def test_a_failure_that_passes_is_forgotten(weighty, monkeypatch, tmp_path):
+@pytest.fixture
+def fails_once(monkeypatch, tmp_path):
+    """fails_once() -> a block in which the operators cannot be had, with a graph cache for it and for what follows."""
     monkeypatch.setenv("SDEDIT_GRAPH_CACHE", "on")
     monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / "cache"))
 
     def fails(*_, **__):
         raise MemoryError
 
-    with monkeypatch.context() as once:
-        once.setattr(ort_cache, "open_fused", fails)
-        with pytest.raises(sdedit.BackendUnavailable):
-            sdedit.load(weighty, backend="ort-cpu", precision=OWN)
+    @contextmanager
+    def block():
+        with monkeypatch.context() as once:
+            once.setattr(ort_cache, "open_fused", fails)
+            yield
+
+    return block
+
+
+@needs_half
+def test_a_failure_in_half_precision_that_passes_is_forgotten(weighty, fails_once):
+    with fails_once(), pytest.raises(sdedit.BackendUnavailable):
+        sdedit.load(weighty, backend="ort-cpu", precision=OWN)
     assert sdedit.load(weighty, backend="ort-cpu", precision=OWN).backend.precision == OWN
+
+
+@needs_library
+def test_a_failure_that_passes_is_told_and_forgotten(weighty, fails_once, caplog):
+    with fails_once():
+        assert "operators" not in sdedit.load(weighty, backend="ort-cpu").backend.versions
+    assert "ort-cpu runs closed-form without this package's operators, more slowly: MemoryError" in caplog.text
+    assert sdedit.load(weighty, backend="ort-cpu").backend.versions["operators"] == shipped.version()
+
+
+@needs_half
+def test_a_half_precision_that_does_not_agree_is_tried_once(weighty, monkeypatch, tmp_path):
+    monkeypatch.setenv("SDEDIT_GRAPH_CACHE", "on")
+    monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / "cache"))
+    tried = []
+    monkeypatch.setattr(ort_cache, "open_fused", lambda *_, **__: tried.append(1))
+    with pytest.raises(sdedit.BackendUnavailable):
+        sdedit.load(weighty, backend="ort-cpu", precision=OWN)
+    assert len(tried) == 1
 
 
 @needs_half

@@ -8,6 +8,7 @@ the cache, the artifact itself is opened. SDEDIT_GRAPH_CACHE=off does without.
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -38,6 +39,9 @@ ENTRY, SCRATCH = "entry.json", ".new-"
 FILES = (GRAPH, WEIGHTS)
 
 Identity = dict[str, Any]
+Fuse = Callable[..., tuple[Any, Exception | None]]  # open_fused with the rest of its arguments, and what failed in it
+
+log = logging.getLogger(__name__)
 
 
 def takes(artifact: Artifact) -> bool:
@@ -58,53 +62,68 @@ def open_session(
     if not takes(artifact):
         return open_with(None, None), False
     opened = None
-    try_fused = partial(_quietly, partial(open_fused, artifact, open_with, half=half))
-    try_plain = (lambda *_: None) if half else open_with
+    fuse = partial(_attempted, partial(open_fused, artifact, open_with, half=half))
+    plainly = None if half else open_with
     if kept and (found := _entry(artifact, half)) is not None:
         entry, identity = found
         opened = _opened_whole(entry, identity, open_with)
-        opened = opened or _opened_and_kept(entry, identity, artifact, try_fused, try_plain)
+        opened = opened or _opened_and_kept(entry, identity, artifact, fuse, plainly)
     if opened is None:
-        opened = _opened_alone(try_fused, try_plain)
+        opened = _opened_alone(artifact, fuse, plainly)
         artifact.require_unchanged()
     return opened
 
 
 def _opened_and_kept(
-    entry: Path, identity: Identity, artifact: Artifact, try_fused: Callable[..., Any], try_plain: Open
+    entry: Path, identity: Identity, artifact: Artifact, fuse: Fuse, plainly: Open | None
 ) -> tuple[Any, bool] | None:
     """None where it cannot be kept, or not be opened."""
     with suppress(OSError):
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=entry.parent, ignore_cleanup_errors=True) as scratch:
             made = Path(scratch) / "fused"
-            session = fused = try_fused(Path(scratch), made)
-            if session is None:
+            session, failure = fuse(Path(scratch), made)
+            if failure is not None:
+                return None  # it may pass, and the next start may have what this one has not
+            if fused := session is not None:
+                artifact.require_unchanged()
+            elif plainly is None:
+                return None, False
+            else:
                 made = Path(scratch) / "own"
-                session = _quietly(try_plain, None, keep(made))
-            if session is None:
-                return None
-            artifact.require_unchanged()
+                session, failure = _attempted(plainly, None, keep(made))
+                if failure is not None:
+                    return None
+                artifact.require_unchanged()
             with suppress(OSError):
-                _put(made, entry, identity, fused is not None)
-            return session, fused is not None
+                _put(made, entry, identity, fused)
+            return session, fused
     return None
 
 
-def _opened_alone(try_fused: Callable[..., Any], try_plain: Open) -> tuple[Any, bool]:
+def _opened_alone(artifact: Artifact, fuse: Fuse, plainly: Open | None) -> tuple[Any, bool]:
     """Where nothing is kept."""
-    with suppress(OSError), tempfile.TemporaryDirectory(prefix="sdedit-", ignore_cleanup_errors=True) as scratch:
-        if (session := try_fused(Path(scratch))) is not None:
-            return session, True
-    return try_plain(None, None), False
-
-
-def _quietly(work: Callable[..., Any], *given: Any) -> Any:
-    """None for any failure: of a full disk as of a broken artifact, which then says so when it is opened alone."""
+    session = failure = None
     try:
-        return work(*given)
-    except Exception:
-        return None
+        with tempfile.TemporaryDirectory(prefix="sdedit-", ignore_cleanup_errors=True) as scratch:
+            session, failure = fuse(Path(scratch))
+    except OSError as error:  # no room, or no folder for what passes
+        failure = error
+    if session is not None or plainly is None:
+        return session, session is not None
+    session = plainly(None, None)
+    if failure is not None:
+        reason = " ".join(str(failure).split()) or type(failure).__name__
+        log.warning("ort-cpu runs %s without this package's operators, more slowly: %s", artifact.name, reason)
+    return session, False
+
+
+def _attempted(work: Callable[..., Any], *given: Any) -> tuple[Any, Exception | None]:
+    """What came of it, and what failed: a full disk as well as a broken artifact, which says so when opened plainly."""
+    try:
+        return work(*given), None
+    except Exception as error:
+        return None, error
 
 
 def _entry(artifact: Artifact, half: str | None) -> tuple[Path, Identity] | None:
@@ -144,9 +163,9 @@ def _opened_whole(entry: Path, identity: Identity, open_with: Open) -> tuple[Any
     whole: list[object] = []
     hashing = Thread(target=lambda: whole.append(_description(entry, identity, (WEIGHTS,))))
     hashing.start()
-    session = _quietly(open_with, str(entry / GRAPH), _take_as_it_is)
+    session, failure = _attempted(open_with, str(entry / GRAPH), _take_as_it_is)
     hashing.join()
-    if session is None or whole != [told]:
+    if failure is not None or whole != [told]:
         return None
     with suppress(OSError):  # a cache that may only be read
         os.utime(entry / ENTRY)

@@ -20,6 +20,7 @@ import numpy as np
 from sdedit.artifact import Artifact, ExtraInput
 from sdedit.backends import condition_values, require_open
 from sdedit.backends.ort import OrtBackend
+from sdedit.cache_folder import cache_folder
 from sdedit.cuda.conditions import Conditions
 from sdedit.cuda.denoiser import DeviceDenoiser
 from sdedit.cuda.device_loop import DeviceLoop, DeviceNetwork
@@ -29,7 +30,6 @@ from sdedit.cuda.pool import LoopPool, Shape
 from sdedit.errors import BackendUnavailable, DeviceError, NetworkError, OptionError, SdeditError
 from sdedit.executor import DeviceExecutor, Executor, HostExecutor
 from sdedit.loop import Denoiser
-from sdedit.tensorrt import cache
 
 if TYPE_CHECKING:
     from sdedit.cuda.tensor_edit import GpuBackend
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 WITH_TF32 = (8, 0)  # compute capability
 SHAPES = 4  # whose sessions are kept while no edit uses them
 CAPTURING = RLock()  # ONNX Runtime's capture is spoilt by whatever another thread allocates meanwhile
+ENGINES = "ort-tensorrt"  # kind of cache_folder, with a folder for each artifact
 GRAPH = "enable_cuda_graph"  # the CUDA provider's option: every node must run on the GPU
 
 
@@ -192,7 +193,8 @@ class OrtGpuBackend(OrtBackend):
         cuda = ("CUDAExecutionProvider", {"use_tf32": str(int(self._tf32)), **options})  # float32 means float32
         providers = [(cuda[0], cuda[1] | self._given)]
         if self.name == "ort-tensorrt":
-            folder = cache.folder().with_name("ort-tensorrt")
+            # ONNX Runtime names an engine by the file's name and the graph's shape: other weights would pass for these
+            folder = cache_folder(ENGINES) / self._artifact.sha256[:24]
             folder.mkdir(parents=True, exist_ok=True)
             kept = {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(folder), **options}
             providers = [(self.provider, kept | self._given), cuda]  # what TensorRT does not take stays on the GPU

@@ -8,6 +8,7 @@ and as many copies of it as there are steps are replayed with one launch.
 import gc
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from sdedit.schedule import StepTable
 
 MOST_STEPS_A_GRAPH = 64  # longer edits launch it several times: nodes cost memory, launches microseconds
 MOST_GRAPHS = 16
+_capturing = Lock()  # one capture at a time: none may turn garbage collection on again inside another
 
 
 class DeviceNetwork(Protocol):
@@ -174,8 +176,9 @@ class DeviceLoop:
         table, rows = batch.table, np.ascontiguousarray(batch.table.rows_for(self.shape[0]), np.float32)
         if rows.nbytes > self._table_bytes:
             self._forget_graphs()
-            self._table, self._table_bytes = self._allocate(rows.nbytes), rows.nbytes
-            self._host["table"] = self._allocate_pinned((rows.size,), np.float32)
+            self._table_bytes = 1 << (rows.nbytes - 1).bit_length()  # doubles: what was outgrown is freed with the loop
+            self._table = self._allocate(self._table_bytes)
+            self._host["table"] = self._allocate_pinned((self._table_bytes // 4,), np.float32)
             self._held.callback(self._driver.synchronize, self.stream)  # before these are freed, the first to go
         self._host["table"][: rows.size] = rows.ravel()
         self._driver.upload(self._table, self._host["table"][: rows.size], self.stream)
@@ -247,20 +250,24 @@ class DeviceLoop:
         if not self._warm:  # a library's first call may do what cannot be captured; D alone changes nothing
             self.network.enqueue(self.stream)
             self._warm = True
-        collecting = gc.isenabled()
-        gc.disable()  # what it would free now could invalidate the capture
-        try:
-            self._graph_calls.begin(self.stream)
+        with _capturing:
+            collecting = gc.isenabled()
+            gc.disable()  # what it would free now could invalidate the capture
             try:
-                self._step()
-            except BaseException:
-                with suppress(DeviceError):
-                    self._graph_calls.free_graph(self._graph_calls.end(self.stream))
-                raise
-            self._steps[key] = self._graph_calls.end(self.stream)
-        finally:
-            if collecting:
-                gc.enable()
+                self._steps[key] = self._captured_step()
+            finally:
+                if collecting:
+                    gc.enable()
+
+    def _captured_step(self) -> Handle:
+        self._graph_calls.begin(self.stream)
+        try:
+            self._step()
+        except BaseException:
+            with suppress(DeviceError):
+                self._graph_calls.free_graph(self._graph_calls.end(self.stream))
+            raise
+        return self._graph_calls.end(self.stream)
 
     def _report(self, on_step: OnStep, number: int, table: StepTable, repeat: int) -> None:
         self._driver.synchronize(self.stream)

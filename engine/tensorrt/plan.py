@@ -262,5 +262,5 @@ def _artifact(path: Path, sidecar: Sidecar) -> Artifact:
     )
     model = protobuf.Model(origin["opset"], {}, inputs, outputs)
     artifact = artifacts.validate(path, model, origin["size"], sidecar["metadata"])
-    vars(artifact)["sha256"] = origin["sha256"]  # in its cache: of the .onnx, which records name, not of the plan
+    vars(artifact)["_sha256"] = origin["sha256"]  # in its cache: of the .onnx, which records name, not of the plan
     return artifact

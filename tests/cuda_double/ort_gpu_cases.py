@@ -12,6 +12,7 @@ import weakref
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 from closed_form import SDES, metadata, save
 from onnx import TensorProto, helper
@@ -32,8 +33,9 @@ class Session:
 
     first_run_s = 0.0
 
-    def __init__(self, options, settings):
-        self.options, self.fixed, self.runs, self.threads = options, settings, [], set()
+    def __init__(self, provider, options, settings):
+        self.provider, self.options, self.fixed = provider, options, settings
+        self.runs, self.threads = [], set()
         with driver.current():
             self._network = LinearNetwork(driver, (settings["B"], *SHAPE))
 
@@ -42,7 +44,7 @@ class Session:
             self._network.close()
 
     def get_providers(self):
-        return ["CUDAExecutionProvider"]
+        return [self.provider]
 
     def io_binding(self):
         def bind(name, device, number, kind, shape, address):
@@ -80,12 +82,12 @@ def runtime(monkeypatch, tmp_path):
         made.on_open()
         settings = {}
         change(SimpleNamespace(add_free_dimension_override_by_name=settings.__setitem__))
-        options = providers[0][1]
+        provider, options = providers[0]
         if made.refuses and options.get("enable_cuda_graph") == "1":
             raise RuntimeError("This session cannot use the graph capture feature")
         if made.sessions and made.sessions[-1] is None:
             raise RuntimeError("out of memory")
-        made.sessions.append(Session(options, settings))
+        made.sessions.append(Session(provider, options, settings))
         return made.sessions[-1]
 
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(__version__="1", RunOptions=RunOptions,
@@ -99,7 +101,7 @@ def runtime(monkeypatch, tmp_path):
     save(path, [helper.make_node("Identity", ["x"], ["denoised"])], {}, metadata(SHAPE, SDES["vp"], **extra),
          inputs=inputs, shape=SHAPE)  # fmt: skip
     made.path = path
-    made.load = lambda **options: sdedit.load(path, backend="ort-cuda", **options)
+    made.load = lambda backend="ort-cuda", **options: sdedit.load(path, backend=backend, **options)
     return made
 
 
@@ -117,6 +119,18 @@ def test_every_shape_has_a_session_of_its_own_and_batch_1_the_first(runtime):
         for batch in (1, 2, 1, 2):
             editor.edit(PICTURE, conditions={"scale": 1}, steps=2, samples=2, batch=batch)
         assert [session.fixed for session in runtime.sessions] == [{"B": 1}, {"B": 2}]
+
+
+def test_engines_of_other_weights_are_kept_elsewhere(runtime, monkeypatch, tmp_path):
+    monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / "cache"))
+    folders = []
+    model = onnx.load(runtime.path)
+    for model.doc_string in ("trained", "retrained"):
+        onnx.save(model, runtime.path)
+        with runtime.load("ort-tensorrt") as editor:
+            folders.append(runtime.sessions[-1].options["trt_engine_cache_path"])
+            assert folders[-1] == str(tmp_path / "cache" / "ort-tensorrt" / editor.artifact.sha256[:24])
+    assert folders[0] != folders[1]
 
 
 def test_of_another_shape_first_the_one_opened_first_is_let_go_before_its_session_opens(runtime):
