@@ -6,6 +6,8 @@ Run by tests/test_device_loop.py in a process of its own, once for each port tha
 import ctypes
 import gc
 import os
+import threading
+import time
 from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
@@ -210,6 +212,43 @@ def test_capture_comes_after_one_evaluation_to_warm_up(loops):
     assert kernels == ["sdedit_start", "linear", *["linear", "sdedit_step"] * 3, "sdedit_pixels"]
     calls = double.calls
     assert calls.index("cuStreamBeginCapture") < calls.index("cuStreamEndCapture") < calls.index("cuGraphInstantiate")
+
+
+def test_nothing_is_collected_in_a_capture_though_another_ends_meanwhile(loops, driver, monkeypatch):
+    shape = (1, *EVEN)
+    table = sdedit.plan(VP, t0=0.5, steps=2, sampler="em")
+    first, second = (loops(shape) for _ in range(2))
+    collecting, started, failures = [], threading.Event(), []
+
+    def step(loop, seconds):
+        real = loop._step
+
+        def slowly():
+            started.set()
+            time.sleep(seconds)
+            collecting.append(gc.isenabled())
+            real()
+
+        return slowly
+
+    def run(loop):
+        try:
+            with driver.current():
+                edit(loop, *inputs(shape, masked=False), table)
+        except BaseException as error:
+            failures.append(error)
+
+    monkeypatch.setattr(first, "_step", step(first, 0.2))
+    monkeypatch.setattr(second, "_step", step(second, 0.4))  # ends after the first has turned it on again
+    threads = [threading.Thread(target=run, args=(loop,)) for loop in (first, second)]
+    threads[0].start()
+    assert started.wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert collecting == [False, False]
+    assert gc.isenabled()
 
 
 def test_a_long_edit_is_several_launches_of_the_same_graph(loops):
