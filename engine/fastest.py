@@ -15,7 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # of what is kept
 MARGIN = 1.05  # as much faster than what `auto` takes must another be: less is noise, and no reason to round
 WARM_UPS, LEAST_RUNS, MOST_RUNS, TIMED_SECONDS = 2, 3, 30, 0.4
+BUSY = 0.5  # a load average above this for each core is told of
 AGAIN, CLOSE = 2, 2.0  # as often are those timed again that may be the fastest: other work disturbs some of the turns
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 
@@ -92,6 +95,7 @@ def open_fastest(
     searched, began = trials is None, time.perf_counter()
     if trials is None:
         log.info("fast: first use of %s on this machine, so what can run it is timed and verified", artifact.name)
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         trials = _try_all(models, backend, precision, threads)
         if not trials:
             if precision is not None:
@@ -110,6 +114,10 @@ def open_fastest(
         for model in models:
             model.require_unchanged()
         _keep(kept, identity, trials)
+        if load > BUSY * usable_cores():
+            log.info(
+                "fast: other work may have decided, the load average was %.1f; to look again, remove %s", load, kept
+            )
     search_ms = 1e3 * (time.perf_counter() - began) if searched else 0.0
     best = min((trial for trial in trials if trial.passed), key=lambda trial: _cost(trial, trials))
     log.info("fast: %s", _verdict(best, trials))
@@ -134,32 +142,36 @@ def _try_all(models: Sequence[Artifact], backend: str, precision: str | None, th
             if now is not None and now < before:
                 trials[at] = replace(trials[at], evaluation_ms=now)
                 log.info("fast:   %s: %s", trials[at], _in_ms(now))
-    right = _reference(models[0], threads)
-    for at in sorted(range(len(trials)), key=lambda at: _cost(trials[at], trials)):
-        if trials[at].evaluation_ms is not None:
-            trials[at] = _verified(trials[at], by_sha256[trials[at].sha256], threads, right)
-        if trials[at].passed:
-            break
+    with _reference(models[0], threads) as right:
+        for at in sorted(range(len(trials)), key=lambda at: _cost(trials[at], trials)):
+            if trials[at].evaluation_ms is not None:
+                trials[at] = _verified(trials[at], by_sha256[trials[at].sha256], threads, right)
+            if trials[at].passed:
+                break
     return trials
 
 
 def _timed(trial: Trial, model: Artifact, threads: int | None) -> Trial:
     """With the median of one evaluation of one image, if it runs."""
-    values = verify.any_conditions(model)
+    try:
+        with closing(open_backend(trial.backend, model, threads, precision=trial.precision)) as opened:
+            return replace(trial, evaluation_ms=_evaluation_ms(opened, model))
+    except SdeditError:  # bfloat16 on ONNX Runtime's CPU, say
+        return trial
+
+
+def _evaluation_ms(opened: Backend, model: Artifact) -> float:
+    evaluate = opened.bind(1, verify.any_conditions(model))
     x = np.random.default_rng(0).standard_normal((1, model.channels, model.height, model.width), np.float32)
     sigma = np.ones(1, np.float32)
     samples: list[float] = []
-    try:
-        evaluate = open_backend(trial.backend, model, threads, precision=trial.precision).bind(1, values)
-        for _ in range(WARM_UPS):
-            evaluate(x, sigma)
-        while len(samples) < LEAST_RUNS or (len(samples) < MOST_RUNS and sum(samples) < 1e3 * TIMED_SECONDS):
-            began = time.perf_counter()
-            evaluate(x, sigma)
-            samples.append(1e3 * (time.perf_counter() - began))
-    except SdeditError:  # bfloat16 on ONNX Runtime's CPU, say
-        return trial
-    return replace(trial, evaluation_ms=statistics.median(samples))
+    for _ in range(WARM_UPS):
+        evaluate(x, sigma)
+    while len(samples) < LEAST_RUNS or (len(samples) < MOST_RUNS and sum(samples) < 1e3 * TIMED_SECONDS):
+        began = time.perf_counter()
+        evaluate(x, sigma)
+        samples.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(samples)
 
 
 def _verified(trial: Trial, model: Artifact, threads: int | None, right: verify.Bind) -> Trial:
@@ -167,10 +179,9 @@ def _verified(trial: Trial, model: Artifact, threads: int | None, right: verify.
     guides, values = verify.guide_frames((), model.metadata["image"])[:2], verify.any_conditions(model)
     tolerance = verify.TOLERANCES.get(trial.precision, 0.0)
     try:
-        opened = open_backend(trial.backend, model, threads, precision=trial.precision)
-        report = verify.compare(
-            right, lambda batch: opened.bind(batch, values), model.sde, guides, tolerance=tolerance
-        )  # fmt: skip
+        with closing(open_backend(trial.backend, model, threads, precision=trial.precision)) as opened:
+            bind = partial(opened.bind, conditions=values)
+            report = verify.compare(right, bind, model.sde, guides, tolerance=tolerance)
     except SdeditError as error:
         log.info("fast:   %s: %s", trial, error)
         return trial
@@ -196,7 +207,8 @@ def _candidates(models: Sequence[Artifact], backend: str, precision: str | None)
                     yield Trial(model.sha256, model.path.name, name, runs_in)
 
 
-def _reference(artifact: Artifact, threads: int | None) -> verify.Bind:
+@contextmanager
+def _reference(artifact: Artifact, threads: int | None) -> Iterator[verify.Bind]:
     """The artifact in float32 on the CPU. What it says is remembered: every candidate is asked the same."""
     for name in CPU:
         try:
@@ -219,7 +231,8 @@ def _reference(artifact: Artifact, threads: int | None) -> verify.Bind:
 
         return remembered
 
-    return bind
+    with closing(right):
+        yield bind
 
 
 def _cost(trial: Trial, trials: Sequence[Trial]) -> float:

@@ -181,10 +181,10 @@ def _errors(
     middles = (np.arange(count) + 0.5) * len(images) / count  # of equal parts, from low noise to high
     for feed in [images[i] for i in np.unique(middles.astype(int))]:
         exact = session.run(None, {**feed, "int8_layer": np.array(-1)})[0]
-        size = max(np.linalg.norm(exact), np.linalg.norm(feed["x"] - exact))
         for i in range(len(layers)):
             denoised = session.run(None, {**feed, "int8_layer": np.array(i)})[0]
-            worst[i] = max(worst[i], np.linalg.norm(denoised - exact) / size)
+            error = verify.relative_error(feed["x"], exact, denoised)
+            worst[i] = max(worst[i], error if math.isfinite(error) else math.inf)
     return dict(zip(layers, worst.tolist(), strict=True))
 
 

@@ -210,3 +210,31 @@ def test_an_edit_says_what_it_took_and_its_record_replays_by_the_file_that_was_n
     assert made.read_bytes() == again.read_bytes()
     assert main([*named, "--replay", str(made), "--fast", "-o", str(folder / "third.png")]) == 2
     assert "not from --fast" in capsys.readouterr().err
+
+
+def test_what_was_opened_to_look_is_closed_again(folder, monkeypatch):
+    opened_there = []
+
+    def spied(*given, **named):
+        opened_there.append(open_backend(*given, **named))
+        opened_there[-1].close = lambda made=opened_there[-1]: closed.append(made)
+        return opened_there[-1]
+
+    closed, open_backend = [], fastest.open_backend
+    monkeypatch.setattr(fastest, "open_backend", spied)
+    editor = sdedit.load(folder / "right.onnx", fast=True, backend="ort-cpu")
+    assert len(opened_there) > 4  # timed several times, verified, and compared with
+    assert sorted(map(id, closed)) == sorted(map(id, opened_there[:-1]))
+    assert editor.backend is opened_there[-1]
+
+
+@pytest.mark.parametrize("load", [0.0, 99.0])
+def test_a_choice_made_beside_other_work_is_said_to_be_one(folder, times, cache, monkeypatch, caplog, load):
+    caplog.set_level("INFO", "sdedit")
+    monkeypatch.setattr(fastest.os, "getloadavg", lambda: (load, 0, 0))
+    times["right.onnx"] = 9.0
+    for _ in range(2):
+        opened(folder)
+    said = [record.message for record in caplog.records if "other work" in record.message]
+    assert len(said) == (load > 0)
+    assert all(str(next(cache.iterdir())) in line for line in said)
