@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     finally:
         bar.close()
-    plan.write(target, built.data, built.sidecar)
+    plan.write(target, built.data, built.sidecar, force=arguments.force)
     if arguments.json:
         explained = {"kernels": explain(built)} if arguments.explain else {}
         print_json({"output": str(target), "sidecar": built.sidecar, **explained})

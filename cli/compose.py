@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     for note in made.notes:
         say(note)
     pictures = (output.png(np.atleast_3d(np.asarray(picture))) for picture in (made.guide, made.mask))
-    output.write_all(list(zip(paths, pictures, strict=False)))
+    output.write_all(list(zip(paths, pictures, strict=False)), force=arguments.force)
     if arguments.json:
         print_json({"guide": arguments.output, "mask": arguments.mask_out, "notes": made.notes})
     else:

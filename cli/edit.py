@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         say(note)
     if repeated is not None:
         result = replace(result, budget=repeated.budget)  # so that the record, too, is the same
-    write(editor, result, paths)
+    write(editor, result, paths, force=arguments.force)
     if arguments.json:
         print_json(report(editor, result, paths, load_ms))
     else:
@@ -210,15 +210,15 @@ def edit_with_progress(editor: "Editor", guides: "list[Encoded]", options: dict[
         bar.close()
 
 
-def write(editor: "Editor", result: "EditResult", paths: list[Path]) -> None:
+def write(editor: "Editor", result: "EditResult", paths: list[Path], *, force: bool) -> None:
     """Raises OutputError."""
     from sdedit import output, record
 
     if paths[0].suffix == ".npy":
-        output.write_all([(paths[0], output.npy(result.x))])
+        output.write_all([(paths[0], output.npy(result.x))], force=force)
     else:
         pictures = (output.png(one.pixels, record.make(editor, result, j)) for j, one in enumerate(result.results))
-        output.write_all(list(zip(paths, pictures, strict=True)))
+        output.write_all(list(zip(paths, pictures, strict=True)), force=force)
 
 
 def notes(result: "EditResult") -> list[str]:

@@ -108,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> int:
                 text = evaluation_report.as_csv(report)
             case _:
                 text = json.dumps(report, indent=2) + "\n"
-        write_text(target, text)
+        write_text(target, text, force=arguments.force)
     if arguments.json:
         print_json(report)
     else:
@@ -152,10 +152,10 @@ def checked_output(arguments: argparse.Namespace, suffixes: tuple[str, ...]) -> 
     return target
 
 
-def write_text(target: Path, text: str) -> None:
+def write_text(target: Path, text: str, *, force: bool) -> None:
     from sdedit import output
 
     def write(file: IO[bytes]) -> None:
         file.write(text.encode(errors="backslashreplace"))  # of names that are not Unicode, as on a terminal
 
-    output.write_all([(target, write)])
+    output.write_all([(target, write)], force=force)

@@ -41,7 +41,7 @@ def write_page(arguments: argparse.Namespace) -> int:
     asked = [question for question in QUESTIONS if question == "realism" or guides is not None]
     drawn = trials(list(a.files), asked, count=count, seed=seed)
     study = {"a": str(a.folder), "b": str(b.folder), "seed": seed}
-    write_text(target, pairs_page(study, QUESTIONS, drawn, (a, b, guides), a.size))
+    write_text(target, pairs_page(study, QUESTIONS, drawn, (a, b, guides), a.size), force=arguments.force)
     if arguments.json:
         print_json({"output": str(target), "pairs": min(count, len(a)), "questions": asked, "seed": seed})
     else:

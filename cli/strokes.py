@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
             say(note)
         painting = strokes(read.pixels, colors=arguments.colors, kernel=arguments.kernel)
         outputs.append((path, output.png(np.asarray(painting))))
-    output.write_all(outputs)
+    output.write_all(outputs, force=arguments.force)
     if arguments.json:
         print_json({"outputs": [str(path) for path in paths]})
     else:

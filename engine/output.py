@@ -60,14 +60,19 @@ def _check(path: Path, force: bool, inputs: Sequence[Path]) -> None:
         raise OutputError(f"{path}: is a folder", hint="name a file: OUT.png or OUT.npy")
     if path.exists() and any(path.samefile(given) for given in inputs if given.exists()):
         raise OutputError(f"{path}: would overwrite an input", hint="choose another name")
-    if os.path.lexists(path) and not force:
-        raise OutputError(f"{path}: exists already", hint="choose another name, or --force to replace it")
+    if not force:
+        _require_new(path)
     if not os.access(folder, os.W_OK):
         raise OutputError(f"{folder}: not writable", hint="choose a folder you may write to")
 
 
-def write_all(outputs: Sequence[tuple[Path, Writer]]) -> None:
-    """Write every file, or none and leave what was there. Raises OutputError."""
+def _require_new(path: Path) -> None:
+    if os.path.lexists(path):
+        raise OutputError(f"{path}: exists already", hint="choose another name, or --force to replace it")
+
+
+def write_all(outputs: Sequence[tuple[Path, Writer]], *, force: bool) -> None:
+    """Write every file, or none and leave what was there. force: replaces files. Raises OutputError."""
     paths = [path for path, _ in outputs]
     current = paths[0]
     try:
@@ -78,7 +83,7 @@ def write_all(outputs: Sequence[tuple[Path, Writer]]) -> None:
             for number, (current, write) in enumerate(outputs):
                 with open(os.path.join(scratch[current.parent], f"new-{number}"), "wb") as file:
                     write(file)
-            _exchange([(path, scratch[path.parent]) for path in paths])
+            _exchange([(path, scratch[path.parent]) for path in paths], force)
     except OSError as error:
         raise OutputError(
             f"{current}: cannot be written: {reason(error)}", hint="check the disk and the permissions"
@@ -99,15 +104,23 @@ def replace(path: Path, write: Writer) -> None:
         ) from error
 
 
-def _exchange(files: Sequence[tuple[Path, str]]) -> None:
-    """Put the new files in place and the old ones into their scratch folders; back again if that fails halfway."""
+def _exchange(files: Sequence[tuple[Path, str]], force: bool) -> None:
+    """Put the new files in place and the old ones into their scratch folders; back again if that fails halfway.
+
+    Without `force` a file that another process made meanwhile is left alone: OutputError.
+    """
     begun = []
     try:
         for number, (path, scratch) in enumerate(files):
-            begun.append((path, os.path.join(scratch, f"old-{number}"), os.path.lexists(path)))
+            new, old = (os.path.join(scratch, f"{kind}-{number}") for kind in ("new", "old"))
+            if not force:
+                _place(new, path)
+                begun.append((path, old, False))
+                continue
+            begun.append((path, old, os.path.lexists(path)))
             if begun[-1][2]:
-                os.rename(path, begun[-1][1])
-            os.replace(os.path.join(scratch, f"new-{number}"), path)
+                os.rename(path, old)
+            os.replace(new, path)
     except BaseException:
         for path, old, existed in begun:
             if os.path.lexists(old):
@@ -115,6 +128,15 @@ def _exchange(files: Sequence[tuple[Path, str]]) -> None:
             elif not existed:
                 path.unlink(missing_ok=True)
         raise
+
+
+def _place(new: str, path: Path) -> None:
+    """Move a file to a name that is free, and only there."""
+    try:
+        os.link(new, path)  # fails where there is one, in the same moment
+    except OSError:  # or on a file system without links
+        _require_new(path)
+        os.replace(new, path)
 
 
 @contextmanager

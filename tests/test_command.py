@@ -1,5 +1,6 @@
 """The command line: what it writes, what it prints and where, and what it refuses."""
 
+import errno
 import json
 import os
 import pty
@@ -75,6 +76,28 @@ def test_pictures_are_read_once_so_pipes_will_do(edit, write_png, picture, pipe,
     assert edit("-o", out / "pipes.png", "--mask", pipe(mask), *more, guides=(pipe(guide),)) == 0
     pixels = [np.asarray(Image.open(out / name)) for name in ("files.png", "pipes.png")]
     np.testing.assert_array_equal(*pixels)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["with hard links", "without"])
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_file_that_appears_meanwhile_is_not_lost(edit, out, monkeypatch, capsys, late, links):
+    def meanwhile(*given, **named):
+        (out / f"out-00{late}.png").write_text("precious")
+        return result(*given, **named)
+
+    def unsupported(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    result = sdedit.Editor.edit
+    monkeypatch.setattr(sdedit.Editor, "edit", meanwhile)
+    if not links:
+        monkeypatch.setattr(os, "link", unsupported)
+    assert edit("-o", out / "out.png", "-n", "2") == 1
+    assert f"out-00{late}.png: exists already" in capsys.readouterr().err
+    assert names(out) == [f"out-00{late}.png"]
+    assert (out / f"out-00{late}.png").read_text() == "precious"
+    assert edit("-o", out / "out.png", "-n", "2", "--force") == 0
+    assert names(out) == ["out-000.png", "out-001.png"]
 
 
 def test_one_result_goes_to_the_name_given(edit, out, capsys):

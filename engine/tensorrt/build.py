@@ -289,7 +289,7 @@ class _Job:
         def put(file: IO[bytes]) -> None:
             file.write(timings)
 
-        output.write_all([(self._timing_cache, put)])
+        output.write_all([(self._timing_cache, put)], force=True)
 
     def _failed(self) -> ArtifactError | BackendUnavailable:
         reason = self.log.last_error() or "it does not say why"

@@ -90,8 +90,8 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def write(path: Path, data: bytes, sidecar: Sidecar) -> None:
-    """Write a plan and its sidecar, both or neither. Raises OutputError."""
+def write(path: Path, data: bytes, sidecar: Sidecar, *, force: bool = True) -> None:
+    """Write a plan and its sidecar, both or neither. force: replaces what is there. Raises OutputError."""
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in sidecar.items())
     text = f"{{\n{lines}\n}}\n".encode()
 
@@ -101,7 +101,7 @@ def write(path: Path, data: bytes, sidecar: Sidecar) -> None:
 
         return put
 
-    output.write_all([(path, writer(data)), (sidecar_path(path), writer(text))])
+    output.write_all([(path, writer(data)), (sidecar_path(path), writer(text))], force=force)
 
 
 def read(path: Path) -> Plan:

@@ -53,4 +53,4 @@ class Kernels:
 
         with suppress(OSError, OutputError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            output.write_all([(self._path, put)])
+            output.write_all([(self._path, put)], force=True)
