@@ -266,14 +266,31 @@ def to_model(guide: Picture, placement: Placement) -> Floats:
 
 
 def mask_to_model(mask: Floats, placement: Placement) -> Floats:
-    """The mask in the model's frame, (1, H, W): box filter down, bilinear up; padding is kept (0)."""
+    """The mask in the model's frame, (1, H, W): box filter down, bilinear up; padding is kept (0).
+
+    Whatever is repainted, be it one pixel, is above 0 there.
+    """
     left, top, right, bottom = placement.part
     window = placement.window
-    image = Image.fromarray(mask).crop(window)
-    image = _resize(image, (right - left, bottom - top), Resampling.BOX, Resampling.BILINEAR)
+    mask = mask[window[1] : window[3], window[0] : window[2]]
+    mask = _mask_resized(_mask_resized(mask, right - left, axis=1), bottom - top, axis=0)
     framed = np.zeros((1, placement.frame[1], placement.frame[0]), np.float32)
-    framed[0, top:bottom, left:right] = np.clip(np.asarray(image), 0, 1)
+    framed[0, top:bottom, left:right] = np.clip(mask, 0, 1)
     return framed
+
+
+def _mask_resized(mask: Floats, size: int, axis: int) -> Floats:
+    """Along one axis. Down, each pixel counts where its centre falls, to the left of a boundary that it falls on.
+
+    Pillow's box filter has the same rule, but for rounding, by which a pixel on a boundary may count nowhere.
+    """
+    before = mask.shape[axis]
+    if size > before:
+        wider = (size, mask.shape[0]) if axis else (mask.shape[1], size)
+        return np.asarray(Image.fromarray(np.ascontiguousarray(mask)).resize(wider, Resampling.BILINEAR))
+    first = (2 * np.arange(size) * before - size) // (2 * size) + 1  # pixel of each: its centre is beyond the boundary
+    counts = np.diff(first, append=before).reshape((-1, 1) if axis == 0 else (1, -1))
+    return np.asarray(np.add.reduceat(mask, first, axis=axis, dtype=np.float64) / counts, np.float32)
 
 
 def read_mask(source: Source, guide: Picture) -> tuple[Floats, Picture]:
@@ -313,14 +330,9 @@ def to_image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
 
 
-def _resize(
-    image: Image.Image,
-    size: tuple[int, int],
-    down: Resampling = Resampling.LANCZOS,
-    up: Resampling = Resampling.BICUBIC,
-) -> Image.Image:
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """`image` at (width, height), one axis at a time, each with the filter for its direction."""
     for target in ((size[0], image.height), size):
         smaller = target[0] * target[1] < image.width * image.height
-        image = image.resize(target, down if smaller else up)  # a copy where the size is the same
+        image = image.resize(target, Resampling.LANCZOS if smaller else Resampling.BICUBIC)  # a copy at the same size
     return image

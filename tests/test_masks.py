@@ -9,6 +9,7 @@ from PIL import Image
 import sdedit
 from sdedit import image
 from sdedit.cli.main import main
+from sdedit.image import Placement
 
 CHANNELS, HEIGHT, WIDTH = 3, 8, 12
 PAINT = 204  # what the paint model makes of everything
@@ -326,6 +327,25 @@ def test_the_mask_is_box_filtered_down_interpolated_up_and_padded_with_kept(size
     model_guide = np.broadcast_to((guide[0, 0] / 127.5 - 1)[:, None, None], (CHANNELS, HEIGHT, WIDTH))
     wanted = reference(exact, model_guide, resized(mask / 255), sdedit.plan(editor.sde, t0=0.6, steps=3), 0, 1)
     np.testing.assert_allclose(seen, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("size", "frame"), [(100, 72), (500, 384), (2000, 384), (1000, 768), (97, 64), (7, 6)])
+@pytest.mark.parametrize("upright", [False, True])
+def test_every_pixel_of_a_mask_counts_in_one_place(size, frame, upright):
+    guide = (4, size) if upright else (size, 4)
+    placed = (2, frame) if upright else (frame, 2)
+    placement = Placement((0, 0, *guide), (0, 0, *placed), placed)
+    found = []
+    for at in range(size):
+        mask = np.zeros(guide[::-1], np.float32)
+        mask[at if upright else slice(None), slice(None) if upright else at] = 1
+        line = image.mask_to_model(mask, placement)[0].max(axis=int(upright))
+        (place,) = np.flatnonzero(line)
+        centre = (at + 0.5) * frame / size
+        assert place == int(centre) or place == centre - 1  # or left of the boundary that it lies on
+        found.append((place, line[place]))
+    places = [place for place, _ in found]
+    assert all(weight == np.float32(1 / places.count(place)) for place, weight in found)
 
 
 def test_a_thin_mask_still_repaints_when_the_guide_is_much_larger(textured):
