@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from closed_form import SDES, metadata, save
+from onnx import helper
 from PIL import Image
 
 import sdedit
@@ -122,6 +124,20 @@ def test_a_result_does_not_depend_on_its_neighbours(batch, guides, out, tmp_path
     fewer = written(tmp_path / "fewer")
     assert len(fewer) == len(NAMES) - 2
     assert fewer.items() <= written(out).items()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7, 8, 9, 11, 12])
+def test_a_picture_comes_out_the_same_in_every_place_of_a_batch(size, tmp_path):
+    nodes = [helper.make_node("Log", ["sigma"], ["level"]),  # by four ONNX Runtime takes another logarithm
+             helper.make_node("Reshape", ["level", "column"], ["levels"]),
+             helper.make_node("Mul", ["x", "levels"], ["denoised"])]  # fmt: skip
+    column = {"column": np.array([-1, 1, 1, 1])}
+    path = save(tmp_path / "log.onnx", nodes, column, metadata((3, 4, 4), SDES["vp"]), shape=(3, 4, 4))
+    network = sdedit.load(path, backend="ort-cpu").backend.bind(size, {})
+    x = np.ones((size, 3, 4, 4), np.float32)
+    for sigma in np.geomspace(0.01, 100, 500, dtype=np.float32):
+        rows = network(x, np.full(size, sigma)).reshape(size, -1)
+        assert (rows == rows[0]).all()
 
 
 def test_a_result_can_be_replayed(batch, guides, out, network, tmp_path):

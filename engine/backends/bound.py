@@ -12,6 +12,20 @@ from sdedit.errors import NetworkError
 from sdedit.loop import Array
 
 
+class InParts:
+    """D(x; σ) of batches whose images are evaluated some at a time, by one that is bound for so many."""
+
+    def __init__(self, bound: "Bound", batch: int) -> None:
+        self._bound, (self._rows, *image) = bound, bound.shape
+        self._denoised = np.empty((batch, *image), np.float32)
+
+    def __call__(self, x: Array, sigma: Array) -> Array:
+        for at in range(0, len(self._denoised), self._rows):
+            part = slice(at, at + self._rows)
+            self._denoised[part] = self._bound(x[part], sigma[part])
+        return self._denoised
+
+
 class Bound(ABC):
     """D(x; σ) of batches of one shape: x is read where it lies, and nothing is copied but σ. For one thread at a time.
 
@@ -29,6 +43,11 @@ class Bound(ABC):
         }
         for name, array in {"sigma": self._sigma, "denoised": self._denoised, **self._extra}.items():
             self._share(name, array)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of x and of D."""
+        return self._denoised.shape
 
     def __call__(self, x: Array, sigma: Array) -> Array:
         self._sigma[...] = sigma

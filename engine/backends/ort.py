@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sdedit.artifact import Artifact
 from sdedit.backends import USUAL_BATCH, condition_values, ort_cache, require_open
-from sdedit.backends.bound import Bound
+from sdedit.backends.bound import Bound, InParts
 from sdedit.backends.ort_graph import Change, open_fused
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, SdeditError
 from sdedit.executor import HostExecutor, Lease
@@ -28,6 +28,7 @@ PROVIDERS = {
     "ort-tensorrt": "TensorrtExecutionProvider",
 }
 MOST_THREADS = 256
+VECTOR = 4  # float32 values that ONNX Runtime's elementwise operators take at once
 Providers = list[tuple[str, dict[str, str]]]
 GPU_HINT = "pip uninstall onnxruntime, then pip install 'sdedit-engine[cuda]' (the two share a folder)"
 
@@ -118,8 +119,10 @@ class OrtBackend:
 
     def bind(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Denoiser:
         require_open(self._session is None)
-        shape, values = self._shape(batch, size), condition_values(self._artifact, conditions)
-        return _Bound(self._session, self.name != "ort-cpu", self._artifact, shape, values)
+        rows = _rows_at_once(batch) if self.name == "ort-cpu" else batch
+        shape, values = self._shape(rows, size), condition_values(self._artifact, conditions)
+        bound = _Bound(self._session, self.name != "ort-cpu", self._artifact, shape, values)
+        return bound if rows == batch else InParts(bound, batch)
 
     def executor(self, batch: int, conditions: Mapping[str, float], size: tuple[int, int] | None = None) -> Lease:
         return nullcontext(HostExecutor(self.bind(batch, conditions, size), draws_ahead=self.threads > 1))
@@ -192,6 +195,15 @@ class OrtBackend:
     def _shape(self, batch: int, size: tuple[int, int] | None) -> tuple[int, int, int, int]:
         width, height = self._artifact.frame(size)
         return batch, self._artifact.channels, height, width
+
+
+def _rows_at_once(batch: int) -> int:
+    """As many as come out alike: of numbers one an image, as in log σ, ONNX Runtime takes four together, and what is
+    left over one by one, to other last bits.
+    """
+    if batch <= VECTOR or batch % VECTOR == 0:
+        return batch
+    return next(rows for rows in range(VECTOR - 1, 0, -1) if batch % rows == 0)
 
 
 class _Bound(Bound):
