@@ -116,6 +116,13 @@ def condition(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
 
 
+def named(text: str) -> str:
+    """A name that is not empty, as of a folder: "" would be the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def positive(text: str) -> int:
     """A whole number, at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:

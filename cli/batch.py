@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import add_json, add_model, add_running, add_schedule
+from sdedit.cli.arguments import add_json, add_model, add_running, add_schedule, named
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import ProgressBar, print_json, say
 from sdedit.errors import ImageError, OptionError
@@ -17,12 +17,19 @@ HELP = "edit every picture of a folder; started again, finish what is left"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "guides", metavar="IN", help="folder of guides, with all its folders: PNG, JPEG, WebP, TIFF and BMP"
+        "guides", type=named, metavar="IN", help="folder of guides, with all its folders: PNG, JPEG, WebP, TIFF and BMP"
     )
     parser.add_argument(
-        "-o", "--output", required=True, metavar="OUT", help="folder for the results, PNGs of the guides' names"
+        "-o",
+        "--output",
+        type=named,
+        required=True,
+        metavar="OUT",
+        help="folder for the results, PNGs of the guides' names",
     )
-    parser.add_argument("--masks", metavar="DIR", help="folder of masks of the guides' names: white repaints")
+    parser.add_argument(
+        "--masks", type=named, metavar="DIR", help="folder of masks of the guides' names: white repaints"
+    )
     add_model(parser)
     add_schedule(parser)
     parser.add_argument("--seed", type=int, help="with a file's path below IN it makes the file's seed (default 0)")

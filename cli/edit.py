@@ -217,7 +217,10 @@ def write(editor: "Editor", result: "EditResult", paths: list[Path], *, force: b
     if paths[0].suffix == ".npy":
         output.write_all([(paths[0], output.npy(result.x))], force=force)
     else:
-        pictures = (output.png(one.pixels, record.make(editor, result, j)) for j, one in enumerate(result.results))
+        pictures = (
+            output.png(one.pixels, record.make(editor, result, j), one.guide.profile)
+            for j, one in enumerate(result.results)
+        )
         output.write_all(list(zip(paths, pictures, strict=True)), force=force)
 
 

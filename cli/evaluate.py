@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import add_json, convention
+from sdedit.cli.arguments import add_json, convention, named
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import ProgressBar, print_json, say
 from sdedit.errors import OptionError
@@ -18,12 +18,14 @@ SUFFIXES = (".html", ".md", ".csv", ".json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--guides", metavar="DIR", help="the guides; all other pictures are paired with them by name")
     parser.add_argument(
-        "--methods", nargs="+", default=[], metavar="DIR", help="results of each method, one folder each"
+        "--guides", type=named, metavar="DIR", help="the guides; all other pictures are paired with them by name"
     )
-    parser.add_argument("--real", metavar="DIR", help="real pictures, for KID")
-    parser.add_argument("--masks", metavar="DIR", help="masks of the guides' names: white was repainted")
+    parser.add_argument(
+        "--methods", type=named, nargs="+", default=[], metavar="DIR", help="results of each method, one folder each"
+    )
+    parser.add_argument("--real", type=named, metavar="DIR", help="real pictures, for KID")
+    parser.add_argument("--masks", type=named, metavar="DIR", help="masks of the guides' names: white was repainted")
     parser.add_argument(
         "--features", metavar="FILE", help="feature network for KID: TorchScript or ONNX, (N, 3, H, W) to (N, F)"
     )
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subsets", type=int, metavar="N", help="subsets that KID is the mean of (default 100)")
     parser.add_argument(
         "--pairs",
+        type=named,
         nargs=2,
         metavar=("A", "B"),
         help="write a page that shows results of A and B side by side, unnamed, and asks which is more real; "

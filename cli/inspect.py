@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import SCHEDULE, add_json, add_schedule
+from sdedit.cli.arguments import SCHEDULE, add_json, add_schedule, named
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import print_json
 from sdedit.errors import OptionError
@@ -20,6 +20,7 @@ HELP = "show an artifact's or plan's metadata, inputs and outputs, its step tabl
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
+        type=named,
         nargs="?",
         metavar="FILE",
         help="an artifact, a plan, an edit of --loop, or a PNG that 'sdedit edit' wrote (default: the bundled model)",
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from sdedit import artifact, record
 
-    path = Path(arguments.file) if arguments.file else artifact.BUNDLED
+    path = artifact.BUNDLED if arguments.file is None else Path(arguments.file)
     if path.suffix.lower() == ".png":
         refuse_table(path, arguments)
         fields = record.read_json(path)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdedit.cli.arguments import add_json, add_model, add_running, add_steps, condition, convention, positive
+from sdedit.cli.arguments import add_json, add_model, add_running, add_steps, condition, convention, named, positive
 from sdedit.cli.exits import OK
 from sdedit.cli.terminal import ProgressBar, print_json, say
 from sdedit.errors import OptionError
@@ -26,7 +26,7 @@ OF_KID = ("real", "features", "feature_input")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "guide", nargs="?", metavar="GUIDE", help="the guide; --set DIR names a folder of them, for one t0"
+        "guide", type=named, nargs="?", metavar="GUIDE", help="the guide; --set DIR names a folder of them, for one t0"
     )
     parser.add_argument(
         "-o", "--output", metavar="SHEET", help="the contact sheet, SHEET.png; with --interactive the preview"
@@ -49,13 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--interactive", action="store_true", help="look at the preview, and say: more faithful, or more real?"
     )
-    parser.add_argument("--real", metavar="DIR", help="folder of real pictures, for --realism")
+    parser.add_argument("--real", type=named, metavar="DIR", help="folder of real pictures, for --realism")
     parser.add_argument("--features", metavar="FILE", help="feature network, ONNX or TorchScript, for --realism")
     parser.add_argument(
         "--feature-input", type=convention, metavar="SIZE:LOW:HIGH", help="what it is fed, as for evaluate"
     )
     parser.add_argument("--mask", metavar="M", help="the guide's mask: white repaints, black keeps")
-    parser.add_argument("--masks", metavar="DIR", help="folder of masks of the names in --set")
+    parser.add_argument("--masks", type=named, metavar="DIR", help="folder of masks of the names in --set")
     add_steps(parser)
     parser.add_argument("--seed", type=int, help="seed of the first result; result j has seed + j (default 0)")
     parser.add_argument(

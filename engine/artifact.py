@@ -92,7 +92,8 @@ class Artifact:
             )
         multiple = int(self.metadata["image"].get("multiple", 1))
         if any(side % multiple for side in size) or size[0] * size[1] > MOST_PIXELS:
-            width, height = (max(1, round(side / multiple)) * multiple for side in size)
+            shrink = min(1.0, math.sqrt(MOST_PIXELS / (size[0] * size[1])))
+            width, height = (max(1, int(side * shrink / multiple + (shrink == 1) / 2)) * multiple for side in size)
             raise OptionError(
                 f"size is {size[0]}x{size[1]}; {self.name} takes multiples of {multiple}, {MOST_PIXELS} pixels at most",
                 hint=f"--size {width}x{height}",
@@ -219,9 +220,7 @@ def _read_onnx(path: Path) -> tuple[protobuf.Model, os.stat_result]:
             mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # the weights are never read
             return protobuf.read_model(mapped), stat
     except FileNotFoundError:
-        raise ArtifactError(
-            f"{path}: no such file", hint="check the path; leave it out for the bundled model"
-        ) from None
+        raise ArtifactError(f"{path}: no such file", hint="check the path") from None
     except OSError as error:
         raise ArtifactError(
             f"{path}: cannot be read: {error.strerror or error}", hint="check the file's permissions"

@@ -1,6 +1,7 @@
 """The one verb: load an artifact, edit pictures with it."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -121,6 +122,9 @@ class Editor:
         Raises an SdeditError: ImageError, OptionError (a budget too small for one step, say), NetworkError, Cancelled.
         """
         began = time.perf_counter()
+        if on_step is not None and not callable(on_step):
+            raise OptionError(f"on_step is {on_step!r}; wanted a function", hint="on_step=lambda progress: None")
+        spent_ms = checked_spent_ms(spent_ms)
         chosen = make_options(options).resolved(self.artifact.defaults)
         jobs = self.prepare_all(listed(guides), None if mask is None else listed(mask), chosen)
         groups = grouped(self._windowed(jobs, chosen), chosen)
@@ -128,7 +132,7 @@ class Editor:
         if max_ms is not None:
             largest = max(groups, key=lambda group: math.prod(self.artifact.frame(group.size)))
             times = self._step_times(chosen, largest)
-            before = began - checked_spent_ms(spent_ms) / 1e3
+            before = began - spent_ms / 1e3
             budget = self._budget(chosen, largest, len(groups), times, checked_max_ms(max_ms), before)
             chosen = replace(chosen, steps=budget.steps)
         table = plan(self.sde, **chosen.schedule())
@@ -157,8 +161,9 @@ class Editor:
         if budget is not None:
             times.step_ms.append(timings.loop_ms / total)
         notes = dict.fromkeys(note for executor in used for note in executor.notes)
-        if chosen.region != "full" and mask is not None and not self._takes_windows:
-            notes[f"region {chosen.region}: {self.artifact.name} has one size here, so its whole frame was run"] = None
+        if chosen.region != "full" and (mask is None or not self._takes_windows):
+            why = "there is no mask, so the" if mask is None else f"{self.artifact.name} has one size here, so its"
+            notes[f"region {chosen.region}: {why} whole frame was run"] = None
         return EditResult(results, chosen, timings, tuple(notes), budget)
 
     def prepare(self, guide: Source, options: EditOptions, *, seed: int = 0, mask: Source | None = None) -> Job:
@@ -181,6 +186,8 @@ class Editor:
             raise OptionError("no guide to edit", hint="pass at least one picture")
         if masks is not None and len(masks) not in (1, len(guides)):
             raise OptionError(f"{len(masks)} masks for {len(guides)} guides", hint="give one mask for all, or one each")
+        if any(mask is None for mask in masks or ()):
+            raise OptionError("one of the masks is None", hint="edit guides without a mask in a call of their own")
         jobs = []
         for index, source in enumerate(guides):
             mask = None if masks is None else masks[index if len(masks) > 1 else 0]
@@ -300,6 +307,8 @@ def load(
     provider of ort-cuda and ort-tensorrt, in ONNX Runtime's own names.
     Raises ArtifactError, BackendUnavailable, OptionError.
     """
+    if not isinstance(backend, str):
+        raise OptionError(f"backend is {backend!r}; wanted a name", hint="backend='auto'")
     if threads is not None:
         threads = whole("threads", threads, 1, MOST_THREADS, hint="leave it out for all cores")
     if fast:
@@ -320,7 +329,7 @@ def _load_fastest(
 ) -> Editor:
     from sdedit.fastest import open_fastest
 
-    path = artifacts.BUNDLED if model is None else Path(model)
+    path = _path(model)
     if path.suffix == ".plan":
         raise OptionError(f"{path}: a plan is one execution, there is no faster one to choose", hint="leave fast out")
     if provider_options:
@@ -340,12 +349,21 @@ def _sealed(editor: Editor) -> Editor:
 
 def open_model(model: str | Path | None) -> "artifacts.Artifact | Plan":
     """What a model's file says, without a backend to run it. Raises ArtifactError."""
-    path = artifacts.BUNDLED if model is None else Path(model)
+    path = _path(model)
     if path.suffix == ".plan":
         from sdedit.tensorrt import plan as plans
 
         return plans.read(path)
     return artifacts.read(path)
+
+
+def _path(model: str | Path | None) -> Path:
+    """Of the model's file. Raises ArtifactError."""
+    if model is None:
+        return artifacts.BUNDLED
+    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+        raise ArtifactError(f"the model is {model!r}; wanted a path", hint="name an .onnx artifact or a .plan")
+    return Path(model)
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

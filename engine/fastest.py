@@ -134,9 +134,10 @@ def _try_all(models: Sequence[Artifact], backend: str, precision: str | None, th
         log.info("fast:   %s: %s", trial, _in_ms(trials[-1].evaluation_ms))
     for turn in range(AGAIN if len(trials) > 1 else 0):
         most = CLOSE * min((trial.evaluation_ms for trial in trials if trial.evaluation_ms is not None), default=0)
+        ordinary = _ordinary(trials)
         for at in sorted(range(len(trials)), reverse=turn % 2 == 0):
             before = trials[at].evaluation_ms
-            if before is None or before > most:
+            if before is None or (before > most and trials[at] != ordinary):
                 continue
             now = _timed(trials[at], by_sha256[trials[at].sha256], threads).evaluation_ms
             if now is not None and now < before:

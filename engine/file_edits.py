@@ -48,7 +48,7 @@ class FileEdits:
     def write(self, file: GuideFile, result: Result) -> manifest.Entry:
         """Write a result whole, under its name, and say what to note of it. Raises OutputError."""
         encoded = io.BytesIO()
-        output.png(result.pixels, record.describe(self._editor, self._options, result))(encoded)
+        output.png(result.pixels, record.describe(self._editor, self._options, result), result.guide.profile)(encoded)
         more = self._place.write(file, encoded.getbuffer())
         return self._entry(file, manifest.DONE) | {
             "guide_sha256": result.guide.sha256,

@@ -59,6 +59,7 @@ class Picture:
     label: str
     sha256: str | None  # of the file; None where there was none
     notes: tuple[str, ...] = ()  # what was converted on the way, for the user
+    profile: bytes | None = None  # the ICC profile of its colours, which an edit's are of too
 
     @property
     def size(self) -> tuple[int, int]:
@@ -99,8 +100,8 @@ def read(source: Source, channels: int, role: str = "guide") -> Picture:
     if isinstance(source, Encoded):
         return _decode(source, channels, role)
     if isinstance(source, Image.Image):
-        pixels, notes = _to_pixels(source, channels, f"the {role}", role)
-        return Picture(pixels, f"the {role}", None, notes)
+        with _decoding(f"the {role}", hint="pass a picture whose pixels can be read"):
+            return _to_picture(source, channels, f"the {role}", role, None)
     array = np.asarray(source)
     if (
         array.dtype != np.uint8
@@ -143,8 +144,7 @@ def _encoded(path: Path) -> Encoded:
 
 def _decode(encoded: Encoded, channels: int, role: str) -> Picture:
     with _opened(encoded) as opened:
-        pixels, notes = _to_pixels(opened, channels, encoded.label, role)
-    return Picture(pixels, encoded.label, encoded.sha256, notes)
+        return _to_picture(opened, channels, encoded.label, role, encoded.sha256)
 
 
 @contextmanager
@@ -154,24 +154,32 @@ def _opened(encoded: Encoded) -> Iterator[Image.Image]:
     if not encoded.data:
         raise ImageError(f"{label}: is empty (0 bytes)", hint="copy or save the picture again")
     too_large = ImageError(f"{label}: more than {MAX_PIXELS // 10**6} megapixels", hint="scale the picture down first")
+    with _decoding(label, hint="the file is damaged: save it again"):
+        try:
+            with Image.open(io.BytesIO(encoded.data), formats=FORMATS) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise too_large
+                yield opened
+        except Image.DecompressionBombError:
+            raise too_large from None
+        except UnidentifiedImageError:
+            raise ImageError(f"{label}: not a picture, or of an unknown format", hint=FORMATS_HINT) from None
+
+
+@contextmanager
+def _decoding(label: str, *, hint: str) -> Iterator[None]:
+    """What goes wrong inside is an ImageError. hint: for what Pillow says itself."""
     try:
-        with Image.open(io.BytesIO(encoded.data), formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise too_large
-            yield opened
+        yield
     except ImageError:
         raise
-    except UnidentifiedImageError:
-        raise ImageError(f"{label}: not a picture, or of an unknown format", hint=FORMATS_HINT) from None
-    except Image.DecompressionBombError:
-        raise too_large from None
     except MemoryError:
         raise ImageError(f"{label}: does not fit into memory", hint="scale the picture down first") from None
-    except Exception as error:  # Pillow's decoders raise many kinds for a broken file
-        raise ImageError(f"{label}: cannot be decoded: {error}", hint="the file is damaged: save it again") from error
+    except Exception as error:  # Pillow raises many kinds for a broken file
+        raise ImageError(f"{label}: cannot be decoded: {error}", hint=hint) from error
 
 
-def _to_pixels(image: Image.Image, channels: int, label: str, role: str) -> tuple[Pixels, tuple[str, ...]]:
+def _to_picture(image: Image.Image, channels: int, label: str, role: str, sha256: str | None) -> Picture:
     """Any Pillow image as (H, W, channels) uint8, upright, opaque."""
     if channels not in (1, 3):
         raise ImageError(
@@ -183,7 +191,10 @@ def _to_pixels(image: Image.Image, channels: int, label: str, role: str) -> tupl
         raise ImageError(f"{label}: has {frames} frames (animated, or several pages)", hint="save the one you mean")
     if image.mode in ("I", "F"):
         raise ImageError(f"{label}: has 32-bit pixels (mode {image.mode})", hint="save it with 8 or 16 bits a channel")
+    if 0 in image.size:
+        raise ImageError(f"{label}: has no pixels ({image.width}x{image.height})", hint="pass a picture that has some")
     notes: list[str] = []
+    grey, profile = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I"), image.info.get("icc_profile")
     if not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         notes.append(f"{label}: 16 bits reduced to 8")  # by Pillow, which keeps the upper ones
     try:
@@ -194,6 +205,8 @@ def _to_pixels(image: Image.Image, channels: int, label: str, role: str) -> tupl
         wide = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
         notes.append(f"{label}: 16 bits reduced to 8")
+    if image.mode in ("La", "LAB"):  # which Pillow does not make everything of
+        image = image.convert({"La": "LA", "LAB": "RGB"}[image.mode])
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if np.asarray(image)[..., 3].min() < 255:
@@ -203,8 +216,13 @@ def _to_pixels(image: Image.Image, channels: int, label: str, role: str) -> tupl
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode == "CMYK":
         notes.append(f"{label}: CMYK converted to RGB without a colour profile")
-    pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    return pixels.reshape(*pixels.shape[:2], channels), tuple(notes)
+    if channels == 1 and not grey and role != "mask":
+        notes.append(f"{label}: made grey, as the model's pictures are")
+    mode, space = ("RGB", b"RGB ") if channels == 3 else ("L", b"GRAY")
+    if not isinstance(profile, bytes) or profile[16:20] != space:  # the colours that it is for
+        profile = None
+    pixels = np.asarray(image.convert(mode)).reshape(image.height, image.width, channels)
+    return Picture(pixels, label, sha256, tuple(notes), profile)
 
 
 def checked_fit(fit: str) -> str:
@@ -297,9 +315,9 @@ def read_mask(source: Source, guide: Picture) -> tuple[Floats, Picture]:
     """A mask of the guide's size, (H, W) float32 in [0, 1], white = repaint. Raises ImageError."""
     picture = read(source, 1, "mask")
     if picture.size != guide.size:
+        named = "the guide" if guide.label == "the guide" else f"the guide {guide.label}"
         raise ImageError(
-            f"{picture.label}: is {picture.size[0]}x{picture.size[1]}; the guide {guide.label} is "
-            f"{guide.size[0]}x{guide.size[1]}",
+            f"{picture.label}: is {picture.size[0]}x{picture.size[1]}; {named} is {guide.size[0]}x{guide.size[1]}",
             hint="a mask has the size of its guide: white repaints, black keeps",
         )
     return picture.pixels[..., 0].astype(np.float32) / np.float32(255), picture
@@ -325,9 +343,12 @@ def paste(guide: Picture, mask: Floats, x: NDArray[Any], placement: Placement) -
     return result
 
 
-def to_image(pixels: Pixels) -> Image.Image:
-    """(H, W, C) uint8 -> a PIL image, RGB or L."""
-    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+def to_image(pixels: Pixels, profile: bytes | None = None) -> Image.Image:
+    """(H, W, C) uint8 -> a PIL image, RGB or L, with the ICC profile that its file is to have."""
+    made = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+    if profile is not None:
+        made.info["icc_profile"] = profile
+    return made
 
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -80,7 +80,7 @@ def make_options(options: Mapping[str, Any]) -> EditOptions:
 def _size(given: object) -> tuple[int, int] | None:
     if given is None:
         return None
-    hint = "size=(512, 384), width and height; None for the model's own"
+    hint = "width and height in pixels, such as 512x384; leave it out for the model's own"
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != 2:
         raise OptionError(f"size is {given!r}; wanted width and height", hint=hint)
     width, height = (whole("size", side, 1, MOST_SIDE, hint=hint) for side in given)
@@ -91,6 +91,8 @@ def _conditions(given: Mapping[str, float] | None) -> dict[str, float]:
     if given is not None and not isinstance(given, Mapping):
         raise OptionError(f"conditions is {given!r}; wanted names and numbers", hint="conditions={'class_label': 3}")
     for name, value in (given or {}).items():
+        if not isinstance(name, str):
+            raise OptionError(f"conditions names {name!r}; wanted a word", hint="conditions={'class_label': 3}")
         if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
             raise OptionError(
                 f"conditions[{name!r}] is {value!r}; wanted a number", hint="conditions={'class_label': 3}"

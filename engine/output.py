@@ -20,14 +20,14 @@ from sdedit.record import KEYWORD
 Writer = Callable[[IO[bytes]], None]
 
 
-def png(pixels: Pixels, record: dict[str, Any] | None = None) -> Writer:
-    """A writer of (H, W, C) uint8 as PNG, with its record if it has one."""
+def png(pixels: Pixels, record: dict[str, Any] | None = None, profile: bytes | None = None) -> Writer:
+    """A writer of (H, W, C) uint8 as PNG, with its record and ICC profile if it has them."""
 
     def write(file: IO[bytes]) -> None:
         text = PngImagePlugin.PngInfo()
         if record is not None:
             text.add_text(KEYWORD, json.dumps(record, sort_keys=True))
-        to_image(pixels).save(file, "PNG", pnginfo=text)
+        to_image(pixels).save(file, "PNG", pnginfo=text, icc_profile=profile)
 
     return write
 

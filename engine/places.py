@@ -79,6 +79,13 @@ class Place(Protocol):
         ...
 
 
+def a_file(path: Path) -> Path:
+    """`path`, unless reading it might never end. Raises ImageError for pipes and devices."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ImageError(f"{path}: is a pipe or a device", hint="take it out of the folder")
+    return path
+
+
 @dataclass(frozen=True)
 class LocalPlace:
     """Folders under the same path for every process of the job."""
@@ -94,11 +101,11 @@ class LocalPlace:
 
     def guide(self, file: GuideFile) -> Path:
         """See Place."""
-        return self.guides / file.path
+        return a_file(self.guides / file.path)
 
     def mask(self, file: GuideFile) -> Path | None:
         """See Place."""
-        return None if self.masks is None else existing_mask(self.masks, file.path)
+        return None if self.masks is None else a_file(existing_mask(self.masks, file.path))
 
     def write(self, file: GuideFile, data: memoryview) -> Entry:
         """See Place."""

@@ -49,8 +49,8 @@ class EditResult:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The pictures, RGB (or L for a one-channel model)."""
-        return [image.to_image(result.pixels) for result in self.results]
+        """The pictures, RGB (or L for a one-channel model), each with its guide's ICC profile."""
+        return [image.to_image(result.pixels, result.guide.profile) for result in self.results]
 
     @property
     def x(self) -> NDArray[np.float32]:

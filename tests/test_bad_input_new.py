@@ -18,7 +18,7 @@ import onnx
 import pytest
 from closed_form import SDES, gaussian
 from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
+from PIL import Image, ImageCms
 from test_bad_input import Ran, complaints, files, posix
 
 import sdedit
@@ -54,7 +54,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
     def run(words: str) -> Ran:
         capfd.readouterr()
         try:
-            code = main(words.split())
+            code = main(["" if word == "''" else word for word in words.split()])
         except SystemExit as stop:  # argparse
             code = stop.code if isinstance(stop.code, int) else 1
         return Ran(code, *capfd.readouterr())
@@ -101,6 +101,107 @@ def test_a_region_that_a_model_cannot_have_is_told(run: Run) -> None:
     ran = run(f"{EDIT} --mask mask.png --region auto")
     assert ran.code == 0
     assert "region auto: closed-form has one size here, so its whole frame was run" in ran.err
+    ran = run(f"{EDIT} --force --region auto")
+    assert ran.code == 0
+    assert "region auto: there is no mask, so the whole frame was run" in ran.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "batch '' -o out",
+        "batch in -o ''",
+        "batch in -o out --masks ''",
+        "inspect ''",
+        "tune ''",
+        "evaluate --guides ''",
+    ],
+)
+def test_an_empty_name_is_not_the_current_folder(refused: Refused, words: str) -> None:
+    refused(words, 2, "is empty")
+
+
+def closed() -> Image.Image:
+    opened = Image.new("RGB", (16, 16))
+    opened.close()
+    return opened
+
+
+ARRAY = np.zeros((16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "text"),
+    [
+        ({"guides": Image.new("RGB", (0, 5))}, sdedit.ImageError, r"the guide: has no pixels \(0x5\)"),
+        ({"mask": Image.new("L", (5, 0))}, sdedit.ImageError, r"the mask: has no pixels \(5x0\)"),
+        ({"guides": closed()}, sdedit.ImageError, "the guide: cannot be decoded"),
+        ({"guides": [ARRAY, ARRAY], "mask": [None, ARRAY], "batch": 2}, sdedit.OptionError, "one of the masks is None"),
+        ({"mask": ARRAY[:5]}, sdedit.ImageError, "the mask: is 16x5; the guide is 16x16"),
+        ({"conditions": {1: 2}}, sdedit.OptionError, "conditions names 1; wanted a word"),
+        ({"on_step": 3}, sdedit.OptionError, "on_step is 3; wanted a function"),
+        ({"spent_ms": "x"}, sdedit.OptionError, "spent_ms is 'x'"),
+    ],
+)
+def test_what_is_wrong_with_an_edit_in_python_is_told(edit: dict[str, Any], error: type, text: str) -> None:
+    with sdedit.load("model.onnx") as editor, pytest.raises(error, match=text):
+        editor.edit(**{"guides": ARRAY, "steps": 1} | edit)
+
+
+@pytest.mark.parametrize(
+    ("load", "error", "text"),
+    [
+        ({"backend": ["ort-cpu"]}, sdedit.OptionError, r"backend is \['ort-cpu'\]; wanted a name"),
+        ({"model": 3}, sdedit.ArtifactError, "the model is 3; wanted a path"),
+        ({"model": b"x"}, sdedit.ArtifactError, "the model is b'x'; wanted a path"),
+        ({"model": ""}, sdedit.ArtifactError, "the model is ''; wanted a path"),
+        ({"model": 3, "fast": True}, sdedit.ArtifactError, "the model is 3; wanted a path"),
+    ],
+)
+def test_what_is_wrong_with_loading_in_python_is_told(load: dict[str, Any], error: type, text: str) -> None:
+    with pytest.raises(error, match=text):
+        sdedit.load(**{"model": "model.onnx"} | load)
+
+
+@pytest.mark.parametrize("mode", ["La", "LAB", "YCbCr", "1"])
+def test_pictures_of_rare_modes_are_read(mode: str) -> None:
+    rare = Image.new(mode, (16, 16), tuple(255 for _ in Image.new(mode, (1, 1)).getbands()))
+    with sdedit.load("model.onnx") as editor:
+        assert editor.edit(rare, mask=rare, steps=1).x.shape == (1, *SHAPE)
+
+
+def test_a_size_that_is_too_large_is_answered_with_one_that_is_not(refused: Refused) -> None:
+    gaussian(Path("free.onnx"), SDES["vp"], np.zeros(SHAPE), 0.5, image={
+        "channels": 3, "height": 16, "width": 16, "dynamic": True, "multiple": 8})  # fmt: skip
+    words = EDIT.replace("model.onnx", "free.onnx")
+    refused(f"{words} --size 65536x65536", 2, "size is 65536x65536")
+
+
+@posix
+def test_a_pipe_in_a_folder_is_told_and_not_waited_for(run: Run) -> None:
+    Path("in").mkdir()
+    Path("out").mkdir()
+    picture(Path("in/a.png"))
+    os.mkfifo("in/z.png")
+    ran = run("batch in -o out -m model.onnx --steps 1")
+    assert ran.code == 1
+    assert "in/z.png: is a pipe or a device" in ran.err
+    assert Path("out/a.png").exists()
+
+
+def test_a_picture_keeps_the_colour_profile_of_its_guide(run: Run) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.open("guide.png").save("guide.png", icc_profile=profile)
+    for words in (EDIT, f"{EDIT} --force --mask mask.png"):
+        assert run(words).code == 0
+        assert Image.open("out.png").info["icc_profile"] == profile
+    with sdedit.load("model.onnx") as editor:
+        (made,) = editor.edit("guide.png", steps=1).images
+        assert made.info["icc_profile"] == profile
+    of_grey = profile[:16] + b"GRAY" + profile[20:]
+    Image.open("guide.png").convert("L").save("grey.png", icc_profile=of_grey)
+    assert run(f"{EDIT.replace('guide.png', 'grey.png')} --force").code == 0
+    assert "icc_profile" not in Image.open("out.png").info
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

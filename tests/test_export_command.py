@@ -467,12 +467,12 @@ def test_refused_files_leave_no_weights_behind(three_layers, refusing, monkeypat
     assert sizes[1] < 2 * sizes[0]  # fewer layers are int8, and none lies there twice
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_only_files_that_stay_are_in_the_graph_cache(three_layers, refusing, precision, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("precision", "refused"), [("fp16", 0), ("int8", 0), ("int8", 1)])
+def test_only_files_that_stay_are_in_the_graph_cache(three_layers, refusing, precision, refused, monkeypatch, tmp_path):
     monkeypatch.setattr(ort_cache, "LEAST_BYTES", 1)
     monkeypatch.setenv("SDEDIT_GRAPH_CACHE", "on")
     monkeypatch.setenv("SDEDIT_CACHE", str(tmp_path / "cache"))
-    refusing(1)
+    refusing(refused)
     made = three_layers.with_name(f"{precision}.onnx")
     assert main(["export", str(three_layers), "--precision", precision, "-o", str(made)]) == 0
     entries = (tmp_path / "cache" / "graphs").glob("*/entry.json")

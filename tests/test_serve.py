@@ -350,7 +350,7 @@ def test_forms_of_another_shape_are_refused(served, guide):
         ([("guide", guide), ("mask", guide), ("more", guide)], 400, "Too many files"),
         ([("guide", guide), *[("t0", "0.5")] * 65], 400, "Too many fields"),
         ([("guide", guide), ("t0", "1" * 2000)], 400, "Part exceeded"),
-        ([("guide", guide), ("mask", small)], 422, "the mask: is 4x3; the guide the guide is 20x11"),
+        ([("guide", guide), ("mask", small)], 422, "the mask: is 4x3; the guide is 20x11"),
         ([("guide", guide), ("mask", b"x")], 422, "the mask: not a picture"),
         ([("guide", guide), ("mask", huge_png(999, 999))], 413, "the mask has more than 40000 pixels"),
     ):

@@ -203,7 +203,9 @@ def _take_as_it_is(options: Any) -> None:
 def _put(made: Path, entry: Path, identity: Identity, fused: bool) -> None:
     """Put a finished entry in its place, unless another process was first; a damaged one is replaced."""
     (made / ENTRY).write_text(json.dumps({"identity": identity, "fused": fused, "sha256": _hashes(made)}), "utf-8")
-    if entry.exists() and _description(entry, identity) is None:
+    if os.path.lexists(entry) and _description(entry, identity) is None:
+        if entry.is_symlink() or not entry.is_dir():
+            entry.unlink()
         shutil.rmtree(entry, ignore_errors=True)
     if not entry.exists():
         made.rename(entry)

@@ -115,7 +115,7 @@ class Service:
 
         def png() -> bytes:
             encoded = io.BytesIO()
-            output.png(result.pixels, record.describe(self.editor, options, result))(encoded)
+            output.png(result.pixels, record.describe(self.editor, options, result), result.guide.profile)(encoded)
             return encoded.getvalue()
 
         return Answer(await loop.run_in_executor(self._pool, png), result.seed)
