@@ -52,6 +52,7 @@ class Setting:
     sampler: str  # of our own edits; the other loops are ancestral, or Euler-Maruyama for a VE network
     spacing: str
     clock: Clock = field(default_factory=Clock)
+    ran: str | None = None  # what our own edit ran on, where it was free to choose
 
     @contextmanager
     def shortened(self) -> Iterator[None]:
@@ -274,6 +275,8 @@ def our_edit(setting: Setting, *, backend: str, int8: bool = False, **options: A
     if unknown := set(options) - set(inspect.signature(sdedit.load).parameters):
         raise LookupError(f"this sdedit has no {', '.join(unknown)}")
     editor = sdedit.load(source, backend=backend, **options)
+    if options.get("fast"):
+        setting.ran = f"{editor.backend.name}, {editor.backend.precision}, {editor.artifact.path.name}"
     seed = 0
 
     def edit(picture: Picture) -> Picture:

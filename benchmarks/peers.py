@@ -36,7 +36,7 @@ PACKAGES = ("onnxruntime", "openvino", "torch", "diffusers")
 QUIET = 0.05  # the share of CPU time that other processes may have had in a turn that counts
 PAUSE_S = 0.3  # before each turn: a library's threads may spin for a while after its own
 
-Round = dict[str, dict[str, float]]
+Round = dict[str, Row]
 
 
 # --- a peer's process ------------------------------------------------------------------------------------------------
@@ -64,7 +64,8 @@ def open_peer(name: str, request: Row) -> Callable[[str], Row]:
         edit_ms = 1e3 * (time.perf_counter() - began)
         if made.shape != picture.shape or made.dtype != np.uint8:
             raise ValueError(f"made {made.dtype} {made.shape}")
-        return {"edit_ms": edit_ms, "network_ms": 1e3 * setting.clock.network_s}
+        said = {} if setting.ran is None else {"ran": setting.ran}
+        return {"edit_ms": edit_ms, "network_ms": 1e3 * setting.clock.network_s, **said}
 
     return respond
 
@@ -74,7 +75,7 @@ class Peer(Process):
         super().__init__(name, [__file__, "--serve", name], request)
         self.hear()
 
-    def edit(self) -> dict[str, float]:
+    def edit(self) -> Row:
         """One edit's times, and the share of this machine's CPU time that went to other processes meanwhile."""
         before = cpu_seconds(self.pid)
         found = self.ask("edit")
@@ -193,8 +194,10 @@ def edit_table(rounds: Sequence[Round], steps: int, paper_steps: int) -> list[st
         count = paper_steps if name == PAPER else steps
         edit_ms = statistics.median(one["edit_ms"] for one in found)
         outside = statistics.median(one["edit_ms"] - one["network_ms"] for one in found)
+        ran = "; ".join(dict.fromkeys(one["ran"] for one in found if "ran" in one))
         lines.append(
-            f"| {name} | {count} | {edit_ms:.0f} | {edit_ms / count:.1f} | {1e3 * outside / count:.0f} | "
+            f"| {name}{ran and f' ({ran})'} | {count} | {edit_ms:.0f} | {edit_ms / count:.1f} "
+            f"| {1e3 * outside / count:.0f} | "
             f"{ratio(rounds, name, OURS)} | {ratio(rounds, EAGER, name)} | {ratio(rounds, PAPER, name)} "
             f"| {len(found)} |"
         )

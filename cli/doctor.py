@@ -70,8 +70,8 @@ def examine() -> dict[str, Any]:
     """Everything doctor says, as JSON. A backend works when it has run the bundled model once."""
     import sdedit
     from sdedit.backends import BACKENDS
-    from sdedit.backends.ort import usable_cores
     from sdedit.capi.shipped import noise_maker
+    from sdedit.cpu import usable_cores
     from sdedit.operators.shipped import vector_unit
     from sdedit.tensorrt import cache
 

@@ -38,9 +38,9 @@ from sdedit.backends import (
     probe,
     require_known,
 )
-from sdedit.backends.ort import usable_cores
 from sdedit.cache_folder import cache_folder
 from sdedit.companions import companions
+from sdedit.cpu import usable_cores
 from sdedit.errors import BackendUnavailable, OptionError, SdeditError
 from sdedit.loop import Array, Denoiser
 from sdedit.operators import shipped

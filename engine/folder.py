@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sdedit import manifest
-from sdedit.backends.ort import usable_cores
 from sdedit.checks import whole
+from sdedit.cpu import usable_cores
 from sdedit.editor import Editor
 from sdedit.errors import OptionError, SdeditError
 from sdedit.file_edits import FileEdits, RunBatch

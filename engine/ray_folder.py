@@ -20,8 +20,9 @@ from typing import Any
 from sdedit import artifact as artifacts
 from sdedit import errors, folder, manifest, output
 from sdedit.backends import USUAL_BATCH
-from sdedit.backends.ort import MOST_THREADS, usable_cores
+from sdedit.backends.ort import MOST_THREADS
 from sdedit.checks import whole
+from sdedit.cpu import usable_cores
 from sdedit.editor import load, open_model
 from sdedit.errors import ArtifactError, BackendUnavailable, DeviceError, ImageError, OptionError, SdeditError
 from sdedit.file_edits import FileEdits

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from sdedit.artifact import Artifact
 from sdedit.backends import USUAL_BATCH, condition_values, require_open
 from sdedit.backends.bound import Bound
-from sdedit.backends.ort import MOST_THREADS, give_back_memory, model_source, usable_cores
+from sdedit.backends.ort import MOST_THREADS, give_back_memory, model_source
+from sdedit.cpu import usable_cores
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError
 from sdedit.executor import HostExecutor, Lease
 from sdedit.loop import Denoiser

@@ -1,7 +1,6 @@
 """ONNX Runtime on the CPU, and what its GPU backends share with it."""
 
 import ctypes
-import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
@@ -14,6 +13,7 @@ from sdedit.artifact import Artifact
 from sdedit.backends import USUAL_BATCH, condition_values, ort_cache, require_open
 from sdedit.backends.bound import Bound, InParts
 from sdedit.backends.ort_graph import Change, open_fused
+from sdedit.cpu import usable_cores
 from sdedit.errors import ArtifactError, BackendUnavailable, NetworkError, SdeditError
 from sdedit.executor import HostExecutor, Lease
 from sdedit.loop import Denoiser
@@ -49,11 +49,6 @@ def probe(name: str) -> None:
         from sdedit.backends import ort_gpu
 
         ort_gpu.require_libraries(name)
-
-
-def usable_cores() -> int:
-    """The cores this process may run on, which a cpuset or taskset may have made fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def precisions(artifact: Artifact) -> tuple[str, ...]:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import sdedit
+from sdedit.cpu import usable_cores
 
 
 def conditions() -> dict[str, Any]:
     """What a time depends on beside the case, as Row names it. load_average: of the last minute, before measuring."""
     return {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "commit": commit(),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from sdedit import output, record
-from sdedit.backends.ort import usable_cores
+from sdedit.cpu import usable_cores
 from sdedit.editor import Editor
 from sdedit.jobs import Job
 from sdedit.options import EditOptions
