@@ -93,7 +93,8 @@ class Artifact:
         multiple = int(self.metadata["image"].get("multiple", 1))
         if any(side % multiple for side in size) or size[0] * size[1] > MOST_PIXELS:
             shrink = min(1.0, math.sqrt(MOST_PIXELS / (size[0] * size[1])))
-            width, height = (max(1, int(side * shrink / multiple + (shrink == 1) / 2)) * multiple for side in size)
+            to_whole = round if shrink == 1 else math.floor  # which is not too large again
+            width, height = (max(1, to_whole(side * shrink / multiple)) * multiple for side in size)
             raise OptionError(
                 f"size is {size[0]}x{size[1]}; {self.name} takes multiples of {multiple}, {MOST_PIXELS} pixels at most",
                 hint=f"--size {width}x{height}",
