@@ -52,7 +52,7 @@ def whole_processes(runs: int) -> dict[int, list[tuple[float, int]]]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out.png"
         words = ["edit", str(cold_start.GUIDE), "-o", str(output), "--json", "--steps", str(STEPS), "--max-ms"]
-        command = [sys.executable, "-c", "import sys; from sdedit.cli.main import main; sys.exit(main())", *words]
+        command = [sys.executable, "-c", "from sdedit.cli.main import command; command()", *words]
         for run in range(-1, runs):
             for budget in COMMAND_BUDGETS_MS:
                 output.unlink(missing_ok=True)

@@ -41,7 +41,7 @@ def edit(case: str, steps: int, folder: Path, environment: dict[str, str]) -> di
         if case == "without_cache":
             cache["SDEDIT_GRAPH_CACHE"] = "off"
         words = ["edit", str(GUIDE), "-o", str(output), "--steps", str(steps), "--json"]
-        command = [sys.executable, "-c", "import sys; from sdedit.cli.main import main; sys.exit(main())", *words]
+        command = [sys.executable, "-c", "from sdedit.cli.main import command; command()", *words]
         wall, exited_ms, answer = start(command, environment | cache)
     timings = json.loads(answer)["timings"]
     written_ms = 1e3 * (output.stat().st_ctime - wall)

@@ -137,5 +137,17 @@ def _fail(message: str, hint: str, code: int) -> int:
     return code
 
 
+def command() -> NoReturn:
+    """The process `sdedit`. After an edit it leaves without unloading its libraries, a tenth of a short edit's time."""
+    code = main()
+    if sys.argv[1:2] == ["edit"]:  # whose files are written and closed
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                with suppress(OSError):
+                    stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
