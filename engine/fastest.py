@@ -88,6 +88,8 @@ def open_fastest(
             f"{artifact.path.name} is {artifact.precision}; the fastest execution is looked for from fp32",
             hint="name the fp32 artifact, beside which others are found; or leave --fast out",
         )
+    if precision is not None:
+        require_known(precision)
     models = [artifact, *companions(artifact)]
     identity = _identity(models, backend, precision, threads)
     kept = _file(artifact, identity)
@@ -98,8 +100,6 @@ def open_fastest(
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         trials = _try_all(models, backend, precision, threads)
         if not trials:
-            if precision is not None:
-                require_known(precision)
             raise BackendUnavailable(
                 f"nothing here runs {artifact.name} in {precision}",
                 hint=PRECISION_HINTS.get(

@@ -408,16 +408,23 @@ def test_tensors_are_never_filled_in(folder: Path) -> None:
     refused(folder, "the checkpoint does not fit the network: 1 missing (conv_out.weight)", "config.json")
 
 
-def test_a_variant_of_the_weights_is_taken_where_it_is_the_only_one(folder: Path, unet: diffusers.UNet2DModel) -> None:
+@pytest.mark.parametrize("most", ["10GB", "20KB"], ids=["one file", "shards"])
+def test_a_variant_of_the_weights_is_taken_where_it_is_the_only_one(
+    folder: Path, unet: diffusers.UNet2DModel, most: str
+) -> None:
     wanted = {name: tensor.half().float() for name, tensor in unet.state_dict().items()}
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    copy.deepcopy(unet).half().save_pretrained(folder / "unet", variant="fp16")
+    copy.deepcopy(unet).half().save_pretrained(folder / "unet", variant="fp16", max_shard_size=most)
+    shards = list((folder / "unet").glob("*-of-*"))
+    assert bool(shards) == (most == "20KB")
     found = families.load(str(folder), NONE).net.state_dict()
     assert sum(any(tensor.equal(one) for one in found.values()) for tensor in wanted.values()) == len(wanted) > 10
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     unet.save_pretrained(folder / "unet", variant="non_ema")
-    names = "diffusion_pytorch_model.fp16.safetensors, diffusion_pytorch_model.non_ema.safetensors"
-    refused(folder, f"{folder / 'unet'} has neither", f"rename one of {names}")
+    names = ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.non_ema.safetensors"]
+    if shards:
+        names = [names[1], "diffusion_pytorch_model.safetensors.index.fp16.json"]
+    refused(folder, f"{folder / 'unet'} has neither", f"rename one of {', '.join(names)}")
 
 
 def test_missing_and_broken_files_are_named(folder: Path) -> None:

@@ -365,18 +365,24 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if whole.is_file():
             return _read(whole)
         if index.is_file():
-            places = _read_json(index).get("weight_map")
-            files = list(places.values()) if isinstance(places, dict) else []
-            if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
-                raise CheckpointError(f"{index} lists no files of its folder", hint="download the folder again")
-            return {name: tensor for file in sorted(set(files)) for name, tensor in _read(folder / file).items()}
-    variants = sorted(folder.glob(f"{WEIGHTS}.*.safetensors"))
+            return _read_listed(index)
+    variants = [file for file in sorted(folder.glob(f"{WEIGHTS}.*.safetensors")) if "-of-" not in file.name]
+    variants += sorted(folder.glob(f"{WEIGHTS}.safetensors.index.*.json"))
     if len(variants) == 1:
-        return _read(variants[0])
+        return _read_listed(variants[0]) if variants[0].suffix == ".json" else _read(variants[0])
     raise CheckpointError(
         f"{folder} has neither {WEIGHTS}.safetensors nor {WEIGHTS}.bin",
         hint=f"rename one of {', '.join(file.name for file in variants)}" if variants else "download or save them too",
     )
+
+
+def _read_listed(index: Path) -> dict[str, Tensor]:
+    """All tensors of the files that an index lists."""
+    places = _read_json(index).get("weight_map")
+    files = list(places.values()) if isinstance(places, dict) else []
+    if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
+        raise CheckpointError(f"{index} lists no files of its folder", hint="download the folder again")
+    return {name: tensor for file in sorted(set(files)) for name, tensor in _read(index.with_name(file)).items()}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
