@@ -56,7 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     made = compose(arguments.target, patches, grow=arguments.grow, feather=arguments.feather, blend=arguments.blend)
     for note in made.notes:
         say(note)
-    pictures = (output.png(np.atleast_3d(np.asarray(picture))) for picture in (made.guide, made.mask))
+    pictures = (
+        output.png(np.atleast_3d(np.asarray(picture)), profile=picture.info.get("icc_profile"))
+        for picture in (made.guide, made.mask)
+    )
     output.write_all(list(zip(paths, pictures, strict=False)), force=arguments.force)
     if arguments.json:
         print_json({"guide": arguments.output, "mask": arguments.mask_out, "notes": made.notes})

@@ -82,6 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
     repeated = None if arguments.replay is None else read_record(arguments)
     guides = [image.read_file(path) for path in arguments.guides]  # once: a pipe's bytes are gone then
     masks = [image.read_file(path) for path in arguments.mask or ()]
+    if arguments.fast:  # before a search that may take a while
+        for guide in guides:
+            image.read(guide, 3)
     began = time.perf_counter()
     editor, options = open_fresh(arguments) if repeated is None else open_replay(arguments, repeated, guides, masks)
     load_ms = 1e3 * (time.perf_counter() - began)

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         for note in read.notes:
             say(note)
         painting = strokes(read.pixels, colors=arguments.colors, kernel=arguments.kernel)
-        outputs.append((path, output.png(np.asarray(painting))))
+        outputs.append((path, output.png(np.asarray(painting), profile=read.profile)))
     output.write_all(outputs, force=arguments.force)
     if arguments.json:
         print_json({"outputs": [str(path) for path in paths]})

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 
@@ -12,8 +13,9 @@ def print_json(value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """A note for the user, on stderr."""
-    print(text, file=sys.stderr)
+    """A note for the user, on stderr, if anybody reads it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 class ProgressBar:

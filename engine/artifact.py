@@ -93,8 +93,10 @@ class Artifact:
         multiple = int(self.metadata["image"].get("multiple", 1))
         if any(side % multiple for side in size) or size[0] * size[1] > MOST_PIXELS:
             shrink = min(1.0, math.sqrt(MOST_PIXELS / (size[0] * size[1])))
-            to_whole = round if shrink == 1 else math.floor  # which is not too large again
-            width, height = (max(1, to_whole(side * shrink / multiple)) * multiple for side in size)
+            fits = [side * shrink / multiple for side in size]
+            width, height = (max(1, round(side)) * multiple for side in fits)
+            if width * height > MOST_PIXELS:
+                width, height = (max(1, math.floor(side)) * multiple for side in fits)
             raise OptionError(
                 f"size is {size[0]}x{size[1]}; {self.name} takes multiples of {multiple}, {MOST_PIXELS} pixels at most",
                 hint=f"--size {width}x{height}",

@@ -65,7 +65,7 @@ def compose(
         around = distance_outside(mask.shape, left, top, patch.width, patch.height)
         mask = np.maximum(mask, np.clip(1 - (around - grow) / np.float32(feather + 1), 0, 1))
     levels = np.rint(255 * mask).astype(np.uint8)
-    return Collage(Image.fromarray(pixels), Image.fromarray(levels), tuple(dict.fromkeys(notes)))
+    return Collage(image.to_image(pixels, onto.profile), Image.fromarray(levels), tuple(dict.fromkeys(notes)))
 
 
 def paste(target: Pixels, source: Pixels, patch: Patch, blend: str | None) -> Pixels:

@@ -4,6 +4,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path, PurePosixPath
 
 SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"  # hardware threads of the same core
@@ -34,18 +35,18 @@ def usable_cores() -> int:
 
 def _quotas() -> Iterator[float]:
     """CPUs' worth of time that each control group of this process, and those around it, may take."""
-    for line in _read(GROUPS).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, names = Path(GROUP_FOLDERS), ["cpu.max"]  # version 2: quota and period in one
-        elif "cpu" in controllers.split(","):
-            root, names = Path(GROUP_FOLDERS, "cpu"), ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-        else:
-            continue
-        inside = PurePosixPath(path).relative_to("/")
-        for group in (inside, *inside.parents):
-            match _read(*(root / group / name for name in names)).split():
-                case [quota, period] if quota.isdigit():  # neither "max" nor -1
+    for line in _read(GROUPS).split("\n"):
+        match line.split(":", 2):
+            case [_, "", path]:  # version 2, quota and period in one
+                roots, names = [""], ["cpu.max"]
+            case [_, controllers, path] if "cpu" in controllers.split(","):
+                roots, names = [controllers, "cpu"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            case _:
+                continue
+        inside = PurePosixPath(path.lstrip("/"))
+        for root, group in product(roots, (inside, *inside.parents)):
+            match _read(*(Path(GROUP_FOLDERS, root, group, name) for name in names)).split():
+                case [quota, period] if quota.isdecimal() and period.isdecimal() and int(period):  # not "max", not -1
                     yield int(quota) / int(period)
 
 
@@ -56,6 +57,6 @@ def _read(*files: str | Path) -> str:
         try:
             with open(name, encoding="utf-8", errors="replace") as file:
                 text += file.read(16384)
-        except OSError:
+        except (OSError, ValueError):  # a name that none can have
             return ""
     return text

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # of what is kept
 MARGIN = 1.05  # as much faster than what `auto` takes must another be: less is noise, and no reason to round
 WARM_UPS, LEAST_RUNS, MOST_RUNS, TIMED_SECONDS = 2, 3, 30, 0.4
-BUSY = 0.5  # a load average above this for each core is told of
+BUSY = 0.5  # a load average above this, a core, is told of
 AGAIN, CLOSE = 2, 2.0  # as often are those timed again that may be the fastest: other work disturbs some of the turns
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx")
 
@@ -97,7 +97,7 @@ def open_fastest(
     searched, began = trials is None, time.perf_counter()
     if trials is None:
         log.info("fast: first use of %s on this machine, so what can run it is timed and verified", artifact.name)
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        busy = _load()
         trials = _try_all(models, backend, precision, threads)
         if not trials:
             raise BackendUnavailable(
@@ -114,9 +114,11 @@ def open_fastest(
         for model in models:
             model.require_unchanged()
         _keep(kept, identity, trials)
-        if load > BUSY * usable_cores():
+        if busy > BUSY and kept.exists():
             log.info(
-                "fast: other work may have decided, the load average was %.1f; to look again, remove %s", load, kept
+                "fast: other work may have decided, the load average was %.1f a core; to look again, remove %s",
+                busy,
+                kept,
             )
     search_ms = 1e3 * (time.perf_counter() - began) if searched else 0.0
     best = min((trial for trial in trials if trial.passed), key=lambda trial: _cost(trial, trials))
@@ -279,6 +281,14 @@ def _identity(models: Sequence[Artifact], backend: str, precision: str | None, t
         "operators": shipped.version() if shipped.usable_library() else None,
         "tolerances": verify.TOLERANCES,
     }
+
+
+def _load() -> float:
+    """The machine's load average of the last minute, a core; 0 where the system does not tell."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (AttributeError, OSError):
+        return 0.0
 
 
 def _gpu() -> str | None:

@@ -25,6 +25,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, right and
 
 FITS = ("crop", "pad", "stretch", "exact")
 MAX_PIXELS = 100_000_000
+MOST_PROFILE = 2**20  # bytes of an ICC profile: with more, Pillow opens no PNG
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # EPS, say, would run an interpreter
 FORMATS_HINT = "PNG, JPEG, WebP, TIFF, BMP, GIF and PPM are read"
 
@@ -221,6 +222,9 @@ def _to_picture(image: Image.Image, channels: int, label: str, role: str, sha256
     mode, space = ("RGB", b"RGB ") if channels == 3 else ("L", b"GRAY")
     if not isinstance(profile, bytes) or profile[16:20] != space:  # the colours that it is for
         profile = None
+    elif len(profile) > MOST_PROFILE:
+        profile = None
+        notes.append(f"{label}: its colour profile is too large to be kept")
     pixels = np.asarray(image.convert(mode)).reshape(image.height, image.width, channels)
     return Picture(pixels, label, sha256, tuple(notes), profile)
 

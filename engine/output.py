@@ -136,6 +136,7 @@ def _place(new: str, path: Path) -> None:
         os.link(new, path)  # fails where there is one, in the same moment
     except OSError:  # or on a file system without links
         _require_new(path)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # fails, too, and keeps the name for us
         os.replace(new, path)
 
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageCms
 from test_bad_input import Ran, complaints, files, posix
 
 import sdedit
-from sdedit import fastest
+from sdedit import artifact, fastest
 from sdedit.bench import Bench, Effort, expand
 from sdedit.cli.main import main
 from sdedit.cli.repeat import command_line
@@ -170,11 +170,15 @@ def test_pictures_of_rare_modes_are_read(mode: str) -> None:
         assert editor.edit(rare, mask=rare, steps=1).x.shape == (1, *SHAPE)
 
 
-def test_a_size_that_is_too_large_is_answered_with_one_that_is_not(refused: Refused) -> None:
-    gaussian(Path("free.onnx"), SDES["vp"], np.zeros(SHAPE), 0.5, image={
-        "channels": 3, "height": 16, "width": 16, "dynamic": True, "multiple": 8})  # fmt: skip
-    words = EDIT.replace("model.onnx", "free.onnx")
-    refused(f"{words} --size 65536x65536", 2, "size is 65536x65536")
+@pytest.mark.parametrize("size", [(65536, 65536), (65536, 2000), (50243, 1334), (65, 63), (1, 1)])
+def test_a_size_that_a_model_does_not_take_is_answered_with_one_that_it_does(size: tuple[int, int]) -> None:
+    free = {"channels": 3, "height": 64, "width": 64, "dynamic": True, "multiple": 64}
+    gaussian(Path("free.onnx"), SDES["vp"], np.zeros((3, 64, 64)), 0.5, image=free)
+    model = artifact.read(Path("free.onnx"))
+    with pytest.raises(sdedit.OptionError, match="size is {}x{}".format(*size)) as told:
+        model.frame(size)
+    width, height = map(int, told.value.hint.removeprefix("--size ").split("x"))
+    assert model.frame((width, height)) == (width, height)
 
 
 @posix
@@ -198,6 +202,10 @@ def test_a_picture_keeps_the_colour_profile_of_its_guide(run: Run) -> None:
     with sdedit.load("model.onnx") as editor:
         (made,) = editor.edit("guide.png", steps=1).images
         assert made.info["icc_profile"] == profile
+    Image.open("guide.png").save("guide.tif", icc_profile=profile + bytes(2**20))  # more than Pillow opens in a PNG
+    ran = run(f"{EDIT.replace('guide.png', 'guide.tif')} --force")
+    assert "guide.tif: its colour profile is too large to be kept" in ran.err
+    assert "icc_profile" not in Image.open("out.png").info
     of_grey = profile[:16] + b"GRAY" + profile[20:]
     Image.open("guide.png").convert("L").save("grey.png", icc_profile=of_grey)
     assert run(f"{EDIT.replace('guide.png', 'grey.png')} --force").code == 0

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from closed_form import SDES, identity
 from PIL import Image
 
 import sdedit
+from sdedit import output
 from sdedit.cli.main import main
 
 WIDTH, HEIGHT = 12, 8
@@ -65,6 +67,31 @@ def pipe(tmp_path):
 
 
 # --- edit: files -------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_another_takes_in_the_last_moment_is_not_lost(edit, out, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    def check_and_lose(path):  # another process is faster
+        path.write_text("precious")
+
+    monkeypatch.setattr(os, "link", unsupported)
+    monkeypatch.setattr(output, "_require_new", check_and_lose)
+    monkeypatch.setattr(output, "check", lambda *_, **__: None)
+    assert edit("-o", out / "out.png") == 1
+    assert names(out) == ["out.png"]
+    assert (out / "out.png").read_text() == "precious"
+
+
+def test_a_note_that_nobody_reads_does_not_end_an_edit(network, write_png, picture, out):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sdedit.cli.main", "edit", str(write_png("g.png", picture(WIDTH, HEIGHT)))]
+    done = subprocess.run([*command, "-m", network, "-o", out / "out.png", "--steps", "1"], stderr=writing)
+    os.close(writing)
+    assert done.returncode == 0
+    assert names(out) == ["out.png"]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

@@ -51,7 +51,19 @@ ONE = {"groups": "5:cpu,cpuacct:/docker/a\n1:name=systemd:/\n", "fs/cpu/docker/a
         (range(64), {"groups": "0::/seen/from/outside\n", "fs/cpu.max": "300000 100000\n"}, 3),  # a container's root
         (range(8), ONE | {"fs/cpu/docker/a/cpu.cfs_quota_us": "-1\n"}, 8),
         (range(8), ONE | {"fs/cpu/docker/a/cpu.cfs_quota_us": "300000\n"}, 3),
+        (
+            range(8),
+            ONE
+            | {
+                "fs/cpu,cpuacct/docker/a/cpu.cfs_quota_us": "100000\n",
+                "fs/cpu,cpuacct/docker/a/cpu.cfs_period_us": "50000\n",
+            },
+            2,
+        ),
         (range(8), {"groups": "0::/\n", "fs/cpu.max": ""}, 8),
+        (range(8), {"groups": "0::/\n", "fs/cpu.max": "100000 0\n"}, 8),
+        (range(8), {"groups": "0::/\n", "fs/cpu.max": "a b c\n"}, 8),
+        (range(8), {"groups": "\n0\n0:\n0::\n3:cpu\n0::a\u2028b\x0c\n0::/\x00\n", "fs/cpu.max": "200000 100000"}, 2),
     ],
 )
 def test_a_core_that_may_be_used_is_a_thread(machine, network, cpus, files, cores):

@@ -83,8 +83,8 @@ def _opened_and_kept(
         with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=entry.parent, ignore_cleanup_errors=True) as scratch:
             made = Path(scratch) / "fused"
             session, failure = fuse(Path(scratch), made)
-            if failure is not None:
-                return None  # it may pass, and the next start may have what this one has not
+            if failure is not None:  # it may pass, so nothing is kept: the next start may have what this one has not
+                return None if isinstance(failure, OSError) else _opened_plainly(artifact, plainly, failure)
             if fused := session is not None:
                 artifact.require_unchanged()
             elif plainly is None:
@@ -109,9 +109,15 @@ def _opened_alone(artifact: Artifact, fuse: Fuse, plainly: Open | None) -> tuple
             session, failure = fuse(Path(scratch))
     except OSError as error:  # no room, or no folder for what passes
         failure = error
-    if session is not None or plainly is None:
-        return session, session is not None
+    return (session, True) if session is not None else _opened_plainly(artifact, plainly, failure)
+
+
+def _opened_plainly(artifact: Artifact, plainly: Open | None, failure: Exception | None) -> tuple[Any, bool]:
+    """Without this package's operators; failure: why, if that is worth a word."""
+    if plainly is None:
+        return None, False
     session = plainly(None, None)
+    artifact.require_unchanged()
     if failure is not None:
         reason = " ".join(str(failure).split()) or type(failure).__name__
         log.warning("ort-cpu runs %s without this package's operators, more slowly: %s", artifact.name, reason)

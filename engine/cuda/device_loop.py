@@ -176,9 +176,9 @@ class DeviceLoop:
         table, rows = batch.table, np.ascontiguousarray(batch.table.rows_for(self.shape[0]), np.float32)
         if rows.nbytes > self._table_bytes:
             self._forget_graphs()
-            self._table_bytes = 1 << (rows.nbytes - 1).bit_length()  # doubles: what was outgrown is freed with the loop
-            self._table = self._allocate(self._table_bytes)
-            self._host["table"] = self._allocate_pinned((self._table_bytes // 4,), np.float32)
+            room = 1 << (rows.nbytes - 1).bit_length()  # it doubles: what was outgrown is freed with the loop
+            self._table, self._table_bytes = self._allocate(room), room
+            self._host["table"] = self._allocate_pinned((room // 4,), np.float32)
             self._held.callback(self._driver.synchronize, self.stream)  # before these are freed, the first to go
         self._host["table"][: rows.size] = rows.ravel()
         self._driver.upload(self._table, self._host["table"][: rows.size], self.stream)
