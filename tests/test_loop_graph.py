@@ -419,10 +419,10 @@ def test_what_is_no_artifact_is_refused(written, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inspect_shows_what_an_edit_is_and_edit_refuses_it_as_a_network(network, tmp_path, capsys):
-    target = tmp_path / "edit.onnx"
+def test_inspect_shows_what_an_edit_is_and_edit_refuses_it_as_a_network(network, write_png, picture, tmp_path, capsys):
+    target, guide = tmp_path / "edit.onnx", write_png("guide.png", picture(12, 8))
     loop_graph.write(artifact.read(network), target, SCHEDULE)
     assert main(["inspect", str(target), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["edit"]["steps"] == SCHEDULE["steps"]
-    assert main(["edit", "guide.png", "-m", str(target), "-o", str(tmp_path / "out.png")]) == 1
+    assert main(["edit", str(guide), "-m", str(target), "-o", str(tmp_path / "out.png")]) == 1
     assert "is a whole edit ('sdedit export --loop'), not a network" in capsys.readouterr().err
