@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,15 +60,14 @@ def _check(path: Path, force: bool, inputs: Sequence[Path]) -> None:
         raise OutputError(f"{path}: is a folder", hint="name a file: OUT.png or OUT.npy")
     if path.exists() and any(path.samefile(given) for given in inputs if given.exists()):
         raise OutputError(f"{path}: would overwrite an input", hint="choose another name")
-    if not force:
-        _require_new(path)
+    if os.path.lexists(path) and not force:
+        raise _exists(path)
     if not os.access(folder, os.W_OK):
         raise OutputError(f"{folder}: not writable", hint="choose a folder you may write to")
 
 
-def _require_new(path: Path) -> None:
-    if os.path.lexists(path):
-        raise OutputError(f"{path}: exists already", hint="choose another name, or --force to replace it")
+def _exists(path: Path) -> OutputError:
+    return OutputError(f"{path}: exists already", hint="choose another name, or --force to replace it")
 
 
 def write_all(outputs: Sequence[tuple[Path, Writer]], *, force: bool) -> None:
@@ -131,13 +130,15 @@ def _exchange(files: Sequence[tuple[Path, str]], force: bool) -> None:
 
 
 def _place(new: str, path: Path) -> None:
-    """Move a file to a name that is free, and only there."""
+    """Move a file to a name that is free, and only there: who comes second is told, however close."""
     try:
-        os.link(new, path)  # fails where there is one, in the same moment
-    except OSError:  # or on a file system without links
-        _require_new(path)
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # fails, too, and keeps the name for us
-        os.replace(new, path)
+        with suppress(OSError):  # on a file system without links
+            os.link(new, path)
+            return
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # the name is ours
+    except FileExistsError:
+        raise _exists(path) from None
+    os.replace(new, path)
 
 
 @contextmanager

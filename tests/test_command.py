@@ -16,7 +16,6 @@ from closed_form import SDES, identity
 from PIL import Image
 
 import sdedit
-from sdedit import output
 from sdedit.cli.main import main
 
 WIDTH, HEIGHT = 12, 8
@@ -69,17 +68,14 @@ def pipe(tmp_path):
 # --- edit: files -------------------------------------------------------------------------------------------------
 
 
-def test_a_name_that_another_takes_in_the_last_moment_is_not_lost(edit, out, monkeypatch):
-    def unsupported(*_):
+def test_a_name_that_another_takes_in_the_last_moment_is_not_lost(edit, out, monkeypatch, capsys):
+    def unsupported(new, path):  # and another process is faster
+        path.write_text("precious")
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    def check_and_lose(path):  # another process is faster
-        path.write_text("precious")
-
     monkeypatch.setattr(os, "link", unsupported)
-    monkeypatch.setattr(output, "_require_new", check_and_lose)
-    monkeypatch.setattr(output, "check", lambda *_, **__: None)
     assert edit("-o", out / "out.png") == 1
+    assert "out.png: exists already" in capsys.readouterr().err
     assert names(out) == ["out.png"]
     assert (out / "out.png").read_text() == "precious"
 

@@ -70,7 +70,7 @@ def open_session(
         opened = opened or _opened_and_kept(entry, identity, artifact, fuse, plainly)
     if opened is None:
         opened = _opened_alone(artifact, fuse, plainly)
-        artifact.require_unchanged()
+    artifact.require_unchanged()
     return opened
 
 
@@ -85,16 +85,15 @@ def _opened_and_kept(
             session, failure = fuse(Path(scratch), made)
             if failure is not None:  # it may pass, so nothing is kept: the next start may have what this one has not
                 return None if isinstance(failure, OSError) else _opened_plainly(artifact, plainly, failure)
-            if fused := session is not None:
-                artifact.require_unchanged()
-            elif plainly is None:
-                return None, False
-            else:
+            fused = session is not None
+            if not fused:
+                if plainly is None:
+                    return None, False
                 made = Path(scratch) / "own"
                 session, failure = _attempted(plainly, None, keep(made))
                 if failure is not None:
                     return None
-                artifact.require_unchanged()
+            artifact.require_unchanged()
             with suppress(OSError):
                 _put(made, entry, identity, fused)
             return session, fused
@@ -117,7 +116,6 @@ def _opened_plainly(artifact: Artifact, plainly: Open | None, failure: Exception
     if plainly is None:
         return None, False
     session = plainly(None, None)
-    artifact.require_unchanged()
     if failure is not None:
         reason = " ".join(str(failure).split()) or type(failure).__name__
         log.warning("ort-cpu runs %s without this package's operators, more slowly: %s", artifact.name, reason)
